@@ -1,0 +1,61 @@
+"""What an implementation of the dense-plus-sparse linear layer offers, so that a layer and a kernel meet only here."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from requant_kernels.scheme import LayerScheme
+from requant_kernels.weight import DenseSparseWeight
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """All that dispatch may look at: the layer as it lies on this rank, and where it is to run."""
+
+    scheme: LayerScheme
+    out_features: int
+    in_features: int
+    group_size: int
+    nnz: int
+    stored_dtype: torch.dtype  # of scales, levels and sparse values
+    dtype: torch.dtype  # of activations
+    device: torch.device
+
+    @classmethod
+    def of(cls, weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device) -> "LayerConfig":
+        nnz = weight.sparse.nnz if weight.sparse else 0
+        return cls(
+            weight.scheme, weight.out_features, weight.in_features, weight.group_size, nnz, weight.dtype, dtype, device
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer in an implementation's own runtime layout: built at load time, never written to a file.
+
+    ``tensors`` (in this order) and ``meta`` are what the operator passes back to ``apply``.
+    """
+
+    implementation: str
+    out_features: int
+    tensors: dict[str, torch.Tensor]
+    meta: tuple[int, ...] = ()
+
+
+class Implementation(Protocol):
+    name: str
+
+    def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
+        """(True, "") or (False, the reason in words that a user can act on)."""
+        ...
+
+    def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
+        """The runtime layout on ``config.device``."""
+        ...
+
+    def apply(
+        self, x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, out_features: int, meta: list[int]
+    ) -> torch.Tensor:
+        """x [M, K] contiguous -> [M, N] of x's dtype. No host synchronisation; branches on shapes only."""
+        ...

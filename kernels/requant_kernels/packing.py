@@ -1,0 +1,56 @@
+"""Codes <-> packed words, exactly ``bits`` bits a code (docs/FORMAT.md, "Bit order").
+
+A row of codes is one little-endian bit stream: code k occupies stream bits [k*b, (k+1)*b), lowest bit first,
+and stream bit j is bit j % 32 of word j // 32. A code may straddle two words (3 bit); unused high bits of the
+last word are zero.
+"""
+
+import torch
+
+WORD = 32
+
+
+def packed_length(length: int, bits: int) -> int:
+    """Words that hold ``length`` codes."""
+    return -(-length * bits // WORD)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [..., L] of any integer dtype, each in [0, 2**bits) -> int32 [..., ceil(L*bits/32)].
+
+    Raises ValueError for a code out of range.
+    """
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
+        raise ValueError(f"codes reach from {int(codes.min())} to {int(codes.max())}: not {bits} bit")
+    *lead, length = codes.shape
+    padded = torch.nn.functional.pad(codes.to(torch.int32), (0, -length % WORD))
+    # 32 codes fill exactly `bits` words, so the pattern of shifts repeats every block.
+    blocks = padded.view(*lead, -1, WORD)
+    words = torch.zeros(*lead, blocks.shape[-2], bits, dtype=torch.int64, device=codes.device)
+    for k in range(WORD):
+        word, shift = divmod(k * bits, WORD)
+        code = blocks[..., k].to(torch.int64)
+        words[..., word] |= (code << shift) & 0xFFFFFFFF
+        if shift + bits > WORD:
+            words[..., word + 1] |= code >> (WORD - shift)
+    # int64 in [0, 2**32) -> the int32 of the same bit pattern
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    return words.to(torch.int32).flatten(-2)[..., : packed_length(length, bits)].contiguous()
+
+
+def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
+    """int32 [..., W] -> uint8 codes [..., length]. Raises ValueError where W words do not hold them."""
+    *lead, width = packed.shape
+    if width != packed_length(length, bits):
+        raise ValueError(f"{width} words do not hold {length} codes of {bits} bit")
+    words = torch.nn.functional.pad(packed, (0, -width % bits)).view(*lead, -1, bits)
+    codes = torch.empty(*lead, words.shape[-2], WORD, dtype=torch.uint8, device=packed.device)
+    mask = (1 << bits) - 1
+    for k in range(WORD):
+        word, shift = divmod(k * bits, WORD)
+        value = words[..., word] >> shift  # arithmetic: the mask removes the copied sign bits
+        if shift + bits > WORD:
+            low = WORD - shift
+            value = (value & ((1 << low) - 1)) | (words[..., word + 1] << low)
+        codes[..., k] = value & mask
+    return codes.flatten(-2)[..., :length].contiguous()
