@@ -28,9 +28,7 @@ def dequantize(weight: DenseSparseWeight) -> torch.Tensor:
     return dense
 
 
-def dense_sparse_linear(
-    x: torch.Tensor, weight: DenseSparseWeight, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def dense_sparse_linear(x: torch.Tensor, weight: DenseSparseWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x W^T + bias, accumulated in fp32: x [..., K] of any float dtype -> [..., N] of the same dtype."""
     y = x.float() @ dequantize(weight).T
     if bias is not None:

@@ -34,9 +34,7 @@ class SparsePart:
         return self.values.shape[0]
 
     @classmethod
-    def from_coo(
-        cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
-    ) -> Self:
+    def from_coo(cls, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> Self:
         """Entries in any order, each (row, column) at most once."""
         out_features, in_features = shape
         order = torch.argsort(rows.long() * in_features + columns.long())

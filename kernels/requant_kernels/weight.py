@@ -175,9 +175,7 @@ class DenseSparseWeight:
             raise CheckpointError(f"{where}.weight_scale: not positive")
         if self.sparse is not None:
             if self.sparse.out_features != rows:
-                raise CheckpointError(
-                    f"{where}.sparse_row_offsets: {self.sparse.out_features} rows, expected {rows}"
-                )
+                raise CheckpointError(f"{where}.sparse_row_offsets: {self.sparse.out_features} rows, expected {rows}")
             if self.sparse.values.dtype != self.dtype:
                 raise CheckpointError(f"{where}.sparse_values: dtype {self.sparse.values.dtype}, expected {self.dtype}")
             self.sparse.validate(where)
@@ -223,8 +221,10 @@ class DenseSparseWeight:
     def concat_rows(cls, parts: "list[DenseSparseWeight]") -> Self:
         """Layers of one scheme stacked along the rows: q/k/v, gate/up. Raises ValueError where they differ."""
         first = parts[0]
-        if any((p.scheme, p.in_features, p.group_size) != (first.scheme, first.in_features, first.group_size)
-               for p in parts):
+        if any(
+            (p.scheme, p.in_features, p.group_size) != (first.scheme, first.in_features, first.group_size)
+            for p in parts
+        ):
             raise ValueError("layers that are fused into one must share scheme and in_features")
 
         def stack(name: str) -> torch.Tensor | None:
@@ -253,7 +253,8 @@ class DenseSparseWeight:
             scale=move(self.scale),
             zero_point=move(self.zero_point),
             codebook=move(self.codebook),
-            sparse=sparse and replace(
+            sparse=sparse
+            and replace(
                 sparse,
                 row_offsets=sparse.row_offsets.to(device),
                 columns=sparse.columns.to(device),

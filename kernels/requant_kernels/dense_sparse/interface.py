@@ -55,7 +55,12 @@ class Implementation(Protocol):
         ...
 
     def apply(
-        self, x: torch.Tensor, tensors: list[torch.Tensor], bias: torch.Tensor | None, out_features: int, meta: list[int]
+        self,
+        x: torch.Tensor,
+        tensors: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        out_features: int,
+        meta: list[int],
     ) -> torch.Tensor:
         """x [M, K] contiguous -> [M, N] of x's dtype. No host synchronisation; branches on shapes only."""
         ...
