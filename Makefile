@@ -1,0 +1,31 @@
+# Every target works on a fresh machine: it first fills ./.venv, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test lint aot bench clean
+
+$(READY): pyproject.toml tools/install.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python tools/install.py demo test lint
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+aot: $(READY)
+	$(BIN)/python -m requant_kernels.aot
+
+bench: $(READY)
+	$(BIN)/python benchmarks/serve.py
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
