@@ -1,0 +1,33 @@
+"""Shared by the whole suite: reproducible property tests, the fixture model."""
+
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+# A loaded machine must not fail a property test; the same examples on every run.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("suite")
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none on this machine"))
+
+
+@pytest.fixture(scope="session")
+def micro_llama() -> Path:
+    """A trained 1.05 M parameter Llama in bfloat16."""
+    return FIXTURES / "micro-llama-en"
+
+
+@pytest.fixture(scope="session")
+def persuasion() -> Path:
+    """Held-out public-domain prose."""
+    return FIXTURES / "persuasion.txt"

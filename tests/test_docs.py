@@ -1,0 +1,54 @@
+"""What docs/FORMAT.md shows is what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from requant_kernels.packing import pack
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.sparse import SparsePart
+from requant_kernels.weight import DenseSparseWeight, tensor_names
+
+FORMAT = (Path(__file__).parent.parent / "docs" / "FORMAT.md").read_text()
+
+
+def to_hex(tensor: torch.Tensor) -> str:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes().hex(" ")
+
+
+def counting_codes(bits: int) -> torch.Tensor:
+    return (torch.arange(32) % (1 << bits))[None]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_bit_order_table(bits):
+    words, stored = re.search(rf"^\| {bits} \| ([0-9a-f ]+) \| ([0-9a-f ]+) \|$", FORMAT, re.M).groups()
+    packed = pack(counting_codes(bits), bits)
+    assert to_hex(packed) == stored
+    assert " ".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in packed[0]) == words
+
+
+def test_whole_layer_table():
+    rows = torch.zeros(1, dtype=torch.int64)
+    layer = DenseSparseWeight.from_codes(
+        LayerScheme(WeightScheme(4, 32, symmetric=False), SparseScheme()),
+        counting_codes(4),
+        scale=torch.tensor([[0.5]], dtype=torch.bfloat16),
+        zero_points=torch.tensor([[8]]),
+        sparse=SparsePart.from_coo(rows, rows + 3, torch.tensor([-1.25], dtype=torch.bfloat16), (1, 32)),
+    )
+    section = FORMAT.split("## A whole layer, in bytes")[1]
+    for name, tensor in layer.to_tensors().items():
+        assert f"| {name} | {to_hex(tensor)} |" in section
+    weight = dequantize(layer)[0]
+    assert (weight[0], weight[3], weight[15]) == (-4, -3.75, 3.5)
+    assert layer.stored_bits() / 32 == 8.5
+
+
+def test_every_tensor_is_specified():
+    for codebook, symmetric in ((False, False), (False, True), (True, True)):
+        scheme = LayerScheme(WeightScheme(4, -1, symmetric, codebook), SparseScheme())
+        for name in tensor_names(scheme):
+            assert re.search(rf"^\| {name} \|", FORMAT, re.M), name
