@@ -1,0 +1,1 @@
+"""y = x (dense + sparse)^T + bias: one interface, several implementations, one dispatch."""
