@@ -83,6 +83,6 @@ def test_the_server_refuses_a_tampered_checkpoint_by_name(checkpoint, tmp_path):
     columns = tensors[name].to(torch.int32)
     columns[-1] = 9999
     save_file(tensors | {name: columns.to(torch.uint16)}, shard, metadata={"format": "pt"})
-    with pytest.raises(ServerError, match=r"layers\.0\.mlp\.down_proj\.sparse_columns: 9999 is outside"):
-        with serve(bad, *SERVE, log=tmp_path / "server.log"):
-            pass
+    refused = pytest.raises(ServerError, match=r"layers\.0\.mlp\.down_proj\.sparse_columns: 9999 is outside")
+    with refused, serve(bad, *SERVE, log=tmp_path / "server.log"):
+        pass
