@@ -38,7 +38,7 @@ class QuantizedDense:
 def attach_residual(
     weight: torch.Tensor, dense: QuantizedDense, mask: torch.Tensor, dtype: torch.dtype
 ) -> DenseSparseWeight:
-    """The stored layer whose entries under ``mask`` [N, K] carry what the dense part misses there, rounded to ``dtype``.
+    """The stored layer whose entries under ``mask`` [N, K] carry what the dense part misses there, in ``dtype``.
 
     weight fp32 [N, K] is the target; W = dense + sparse by construction (the residual form of SpQR, arXiv 2306.03078).
     """

@@ -1,0 +1,1 @@
+"""Which entries of a matrix go to the sparse part: each function is pure and returns a mask."""

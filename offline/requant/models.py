@@ -1,0 +1,104 @@
+"""Architectures as data: how to walk a causal language model of transformers, keyed by ``model_type``.
+
+A further architecture is one more entry of ``ARCHITECTURES``; nothing else knows a module's name.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from requant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where things are. Names inside a block are relative to it, the others are full."""
+
+    blocks: str
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+    fused: tuple[tuple[str, ...], ...]  # linears that vLLM runs as one, so that they must share a scheme
+    embeddings: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+
+LLAMA = Architecture(
+    blocks="model.layers",
+    linears=(*_QKV, "self_attn.o_proj", *_GATE_UP, "mlp.down_proj"),
+    norms=("input_layernorm", "post_attention_layernorm"),
+    fused=(_QKV, _GATE_UP),
+)
+
+ARCHITECTURES = {
+    "llama": LLAMA,  # SmolLM and SmolLM2 too
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": replace(LLAMA, norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm")),
+    "smollm3": LLAMA,
+}
+
+
+def architecture_of(model_type: str, where: str) -> Architecture:
+    """Raises InputError naming the supported ones."""
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"{where}: architecture {model_type!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights, on the meta device: names and shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def blocks(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
+    """(full name, decoder block), first to last."""
+    for index, block in enumerate(model.get_submodule(architecture.blocks)):
+        yield f"{architecture.blocks}.{index}", block
+
+
+def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
+    """The linear layers of all blocks by full name, in the order in which the model runs them.
+
+    Raises InputError where a block holds parameters that the architecture's entry does not know: a variant of the
+    model that would otherwise be half-quantized in silence.
+    """
+    found: dict[str, nn.Linear] = {}
+    for prefix, block in blocks(model, architecture):
+        known = {*architecture.linears, *architecture.norms}
+        for name in dict.fromkeys(parameter.rpartition(".")[0] for parameter, _ in block.named_parameters()):
+            if name not in known:
+                raise InputError(f"{prefix}.{name}: not known in a block of {model.config.model_type!r}")
+        for name in architecture.linears:
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            found[f"{prefix}.{name}"] = linear
+    return found
+
+
+def outer_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything outside the blocks that is stored: embeddings, final norm, head; a tied weight once."""
+    for name, parameter in model.named_parameters():  # yields a shared parameter under its first name only
+        if not name.startswith(f"{architecture.blocks}."):
+            yield name, parameter.detach()
+
+
+def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an unquantized checkpoint of ``model`` holds."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def dtype_of(config: PreTrainedConfig | dict[str, Any]) -> str | None:
+    """The dtype that a config declares, as safetensors and JSON spell it ("bfloat16"), or None."""
+    raw = config if isinstance(config, dict) else config.to_dict()
+    return raw.get("dtype") or raw.get("torch_dtype")

@@ -1,0 +1,132 @@
+"""The walk of ``requant quantize``: recipe -> blocks -> quantizer -> detach -> checkpoint. No step reaches back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import CheckpointScheme, LayerScheme
+from requant_kernels.weight import MODEL_DTYPES, DenseSparseWeight
+from torch import nn
+from transformers import PreTrainedModel
+
+from requant import models, sources
+from requant.checkpoint import ShardWriter, write_json
+from requant.detach import outliers
+from requant.errors import InputError
+from requant.model_card import model_card
+from requant.planning import plan
+from requant.progress import track
+from requant.quantizers import rtn
+from requant.quantizers.dense import attach_residual
+from requant.recipe import Recipe
+from requant.report import LayerRow, Report, Totals
+from requant.staging import staged
+from requant.versions import producer
+
+REPORT_FILE = "requant_report.json"
+
+
+def run(
+    model: str | Path, out: Path, recipe: Recipe, *, device: torch.device, overwrite: bool, max_shard_bytes: int
+) -> Report:
+    """Quantizes ``model`` into the folder ``out``. Matrices visit ``device`` one by one; the model stays on the CPU
+    and is freed block by block. Raises InputError, SchemeError; leaves nothing behind when it does."""
+    source = sources.resolve(model)
+    scheme = plan(sources.read_config(source), recipe, producer())
+    with staged(out, overwrite=overwrite, source=source.folder) as folder:
+        torch.manual_seed(recipe.seed)
+        network = sources.load(source)
+        dtype = str(network.dtype).removeprefix("torch.")
+        original_bytes = sum(parameter.nbytes for parameter in network.parameters())
+        shards = ShardWriter(folder, max_shard_bytes)
+        architecture = models.ARCHITECTURES[network.config.model_type]
+        rows = _Walk(architecture, scheme, recipe, device, shards).write(network)
+        report = Report(
+            model=source.name,
+            recipe=recipe.to_dict(),
+            producer=producer(),
+            layers=tuple(rows),
+            totals=Totals.of(rows, shards.total_bytes),
+            original_bytes=original_bytes,
+        )
+        _write_metadata(source, scheme, dtype, report, folder)
+    return report
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """Once through a model, block by block: every tensor ends in ``shards``, every linear layer in a row."""
+
+    architecture: models.Architecture
+    scheme: CheckpointScheme
+    recipe: Recipe
+    device: torch.device
+    shards: ShardWriter
+
+    def write(self, network: PreTrainedModel) -> list[LayerRow]:
+        for name, tensor in models.outer_tensors(network, self.architecture):
+            self.shards.add(name, _checked(name, tensor))
+        rows = []
+        blocks = models.blocks(network, self.architecture)
+        for prefix, block in track(blocks, network.config.num_hidden_layers, "quantizing blocks"):
+            rows += self._write_block(prefix, block)
+            block.to("meta")  # its memory is free again
+        self.shards.close()
+        return [*rows, _head_row(network, self.architecture)]
+
+    def _write_block(self, prefix: str, block: nn.Module) -> list[LayerRow]:
+        rows = []
+        for local, parameter in block.named_parameters():
+            name, tensor = f"{prefix}.{local}", _checked(f"{prefix}.{local}", parameter.detach())
+            layer = name.removesuffix(".weight")
+            linear = local.removesuffix(".weight") in self.architecture.linears
+            scheme = self.scheme.for_layer(layer) if linear else None
+            if scheme:
+                stored, error = quantize_layer(tensor.to(self.device), scheme, self.recipe)
+                for part, value in stored.to_tensors().items():
+                    self.shards.add(f"{layer}.{part}", value)
+                nnz = stored.sparse.nnz if stored.sparse else 0
+                rows.append(LayerRow(layer, _shape(tensor), scheme, stored.stored_bits() // 8, nnz, error))
+            else:
+                self.shards.add(name, tensor)
+                if linear:
+                    rows.append(LayerRow(layer, _shape(tensor), None, tensor.nbytes, reason="ignored by the recipe"))
+        return rows
+
+
+def quantize_layer(weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe) -> tuple[DenseSparseWeight, float]:
+    """weight [N, K] in the model's dtype -> the layer to store, and its relative error |W - W~| / |W|."""
+    target = weight.float()
+    mask = outliers.largest(target, recipe.outliers) if scheme.sparse else None
+    dense = rtn.quantize(target, scheme.weights, dtype=weight.dtype, excluded=mask)
+    stored = dense.pack() if mask is None else attach_residual(target, dense, mask, weight.dtype)
+    norm = float(target.norm())
+    return stored, float((target - dequantize(stored)).norm()) / norm if norm else 0.0
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype not in MODEL_DTYPES:
+        raise InputError(f"{name}: dtype {tensor.dtype} is not bfloat16, float16 or float32")
+    if not bool(torch.isfinite(tensor).all()):
+        raise InputError(f"{name}: holds NaN or infinite values; the model itself is broken")
+    return tensor
+
+
+def _head_row(network: PreTrainedModel, architecture: models.Architecture) -> LayerRow:
+    weight = network.get_submodule(architecture.head).weight
+    tied = weight is network.get_submodule(architecture.embeddings).weight
+    reason = f"output head, tied to {architecture.embeddings}" if tied else "output head"
+    return LayerRow(architecture.head, _shape(weight), None, weight.nbytes, reason=reason)
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+def _write_metadata(source: sources.Source, scheme: CheckpointScheme, dtype: str, report: Report, folder: Path) -> None:
+    config = {key: value for key, value in sources.raw_config(source).items() if key not in ("torch_dtype",)}
+    write_json(folder / "config.json", config | {"dtype": dtype, "quantization_config": scheme.to_dict()})
+    sources.write_sidecars(source, folder)
+    write_json(folder / REPORT_FILE, report.to_dict())
+    (folder / "README.md").write_text(model_card(report, source), encoding="utf-8")

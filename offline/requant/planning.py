@@ -1,0 +1,58 @@
+"""Decides, from names and shapes alone, how each linear layer will be stored; refuses before anything is written."""
+
+import re
+
+from requant_kernels.packing import WORD
+from requant_kernels.scheme import GROUP_SIZES, CheckpointScheme
+from transformers import PreTrainedConfig
+
+from requant import models
+from requant.errors import InputError
+from requant.recipe import Recipe
+
+
+def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> CheckpointScheme:
+    """The scheme to be written into config.json. Raises InputError naming the layer, the reason and the way out."""
+    architecture = models.ARCHITECTURES[config.model_type]
+    linears = models.linears(models.skeleton(config), architecture)
+    for pattern in recipe.ignore:
+        if not any(re.fullmatch(pattern, name) for name in linears):
+            raise InputError(f"ignore {pattern!r}: matches no linear layer (one is named {next(iter(linears))})")
+    scheme = CheckpointScheme(
+        recipe.layer_scheme, ignore=(re.escape(architecture.head), *recipe.ignore), producer=producer
+    )
+    quantized = {name: module.in_features for name, module in linears.items() if scheme.for_layer(name)}
+    if not quantized:
+        raise InputError("ignore: leaves no layer to quantize")
+    _refuse_shapes(quantized, recipe.weights.group_size)
+    if split := split_fused(scheme, config.model_type, config.num_hidden_layers):
+        raise InputError(split[0])
+    return scheme
+
+
+def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:
+    for name, columns in in_features.items():
+        if columns % WORD:
+            raise InputError(
+                f"{name}: in_features {columns} is not a multiple of {WORD}, so its codes do not fill whole words; "
+                f"leave it out with --ignore '{re.escape(name)}'"
+            )
+    for name, columns in in_features.items():
+        if group_size != -1 and columns % group_size:
+            fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in in_features.values())]
+            raise InputError(
+                f"{name}: group size {group_size} does not divide in_features {columns}; "
+                f"sizes that divide every layer: {', '.join(map(str, fitting))} (-1 is one group per row)"
+            )
+
+
+def split_fused(scheme: CheckpointScheme, model_type: str, num_blocks: int) -> list[str]:
+    """One line for every set of layers that vLLM runs as one and that ``scheme`` stores in different ways."""
+    architecture = models.ARCHITECTURES[model_type]
+    lines = []
+    for index in range(num_blocks):
+        prefix = f"{architecture.blocks}.{index}"
+        for members in architecture.fused:
+            if len({scheme.for_layer(f"{prefix}.{member}") for member in members}) > 1:
+                lines.append(f"{prefix}: {', '.join(members)} run as one layer in vLLM and must share one scheme")
+    return lines

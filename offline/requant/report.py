@@ -1,0 +1,121 @@
+"""What a run or a checkpoint consists of, as data: one row per linear layer, totals, and the table of both."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from requant_kernels.scheme import LayerScheme
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One linear layer of shape [N, K], without its bias.
+
+    scheme None: stored as it was, for ``reason``. bytes: all that is stored of it; nnz: sparse entries;
+    error: relative Frobenius norm |W - W~| / |W|, None where it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: LayerScheme | None
+    bytes: int
+    nnz: int = 0
+    error: float | None = None
+    reason: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def bits(self) -> float:
+        """True bits a weight: everything stored, over N*K."""
+        return 8 * self.bytes / self.numel
+
+    @property
+    def sparse_share(self) -> float:
+        return self.nnz / self.numel
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"scheme": self.scheme and self.scheme.to_dict(), "bits": round(self.bits, 4)}
+
+    def describe(self) -> str:
+        """The scheme in a few characters: 'w4 g64 asym + sparse'."""
+        if self.scheme is None:
+            return f"as it was: {self.reason}"
+        weights = self.scheme.weights
+        group = "row" if weights.group_size == -1 else f"g{weights.group_size}"
+        kind = "codebook" if weights.codebook else "sym" if weights.symmetric else "asym"
+        return f"w{weights.bits} {group} {kind}" + (" + sparse" if self.scheme.sparse else "")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Over the quantized layers, unless it says otherwise. checkpoint_bytes: all tensors of the checkpoint."""
+
+    quantized_layers: int
+    skipped_layers: int
+    bits: float
+    sparse_share: float
+    quantized_bytes: int
+    checkpoint_bytes: int
+
+    @classmethod
+    def of(cls, rows: Iterable[LayerRow], checkpoint_bytes: int) -> "Totals":
+        rows = list(rows)
+        quantized = [row for row in rows if row.scheme]
+        numel = sum(row.numel for row in quantized) or 1
+        stored = sum(row.bytes for row in quantized)
+        return cls(
+            quantized_layers=len(quantized),
+            skipped_layers=len(rows) - len(quantized),
+            bits=8 * stored / numel,
+            sparse_share=sum(row.nnz for row in quantized) / numel,
+            quantized_bytes=stored,
+            checkpoint_bytes=checkpoint_bytes,
+        )
+
+    def describe(self) -> str:
+        return (
+            f"{self.quantized_layers} linear layers at {self.bits:.2f} true bits a weight "
+            f"({self.sparse_share:.2%} sparse), {self.skipped_layers} as they were; "
+            f"{megabytes(self.checkpoint_bytes)} in all"
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``quantize`` did; written into the checkpoint as requant_report.json, so it holds nothing that differs
+    between two runs of the same recipe on the same model: no paths, no dates, no times."""
+
+    model: str
+    recipe: dict[str, Any]
+    producer: dict[str, str]
+    layers: tuple[LayerRow, ...]
+    totals: Totals
+    original_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": [row.to_dict() for row in self.layers]}
+
+
+def table(rows: Iterable[LayerRow]) -> str:
+    """Fixed-width text: layer, shape, scheme, true bits, sparse share, size."""
+    cells = [("layer", "shape", "scheme", "bits", "sparse", "size")]
+    for row in rows:
+        share = f"{row.sparse_share:.2%}" if row.scheme and row.scheme.sparse else "-"
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        cells.append((row.name, shape, row.describe(), f"{row.bits:.2f}", share, megabytes(row.bytes)))
+    widths = [max(len(line[column]) for line in cells) for column in range(6)]
+    left = (0, 2)
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column in left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB"

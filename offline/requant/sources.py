@@ -1,0 +1,144 @@
+"""Where a model comes from: a local folder, a GGUF file, or a name on the hub; refused early, in one line."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from requant.errors import InputError
+from requant.models import architecture_of
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# All that belongs to a model besides its weights and config.json; copied byte for byte.
+_SIDECARS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """``name`` is what a model card may show; ``gguf`` the file in ``folder`` that holds everything, or None."""
+
+    name: str
+    folder: Path
+    gguf: str | None = None
+
+    def _where(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": self.folder} | ({"gguf_file": self.gguf} if self.gguf else {})
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(**self._where())
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{self.folder}: its tokenizer can not be loaded ({_first_line(error)})") from None
+
+
+def resolve(model: str | Path) -> Source:
+    """A folder with config.json, a GGUF file or a folder with just one, or a hub name. Raises InputError."""
+    path = Path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(path.stem, path.parent, path.name)
+    if path.is_dir():
+        ggufs = sorted(entry.name for entry in path.glob("*.gguf"))
+        if (path / "config.json").is_file():
+            return Source(path.resolve().name, path)
+        if len(ggufs) == 1:
+            return Source(ggufs[0].removesuffix(".gguf"), path, ggufs[0])
+        raise InputError(f"{model}: holds no config.json" + (f" and {len(ggufs)} GGUF files: name one" * bool(ggufs)))
+    if path.exists() or not _HUB_NAME.fullmatch(str(model)):
+        raise InputError(f"{model}: no such model folder")
+    try:
+        folder = snapshot_download(str(model), allow_patterns=["config.json", "README.md", *_WEIGHTS, *_SIDECARS])
+    except (OSError, ValueError) as error:
+        raise InputError(f"{model}: no such folder, and not to be had from the hub ({_first_line(error)})") from None
+    return Source(str(model), Path(folder))
+
+
+def raw_config(source: Source) -> dict[str, Any]:
+    """config.json as it stands, or what a GGUF declares. Raises InputError where it is no JSON object."""
+    if source.gguf:
+        return _auto_config(source).to_dict()
+    path = source.folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({_first_line(error)})") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(f"{path}: names no model_type")
+    return raw
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """Raises InputError for whatever is not an unquantized causal LM of a supported architecture."""
+    raw = raw_config(source)
+    names = raw.get("architectures") or []
+    if names and not any(str(name).endswith("ForCausalLM") for name in names):
+        raise InputError(f"{source.folder}: not a causal language model, but {', '.join(map(str, names))}")
+    architecture_of(raw["model_type"], str(source.folder))
+    if "quantization_config" in raw:
+        method = dict(raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+        raise InputError(f"{source.folder}: its weights are already quantized ({method}); start from the original")
+    return _auto_config(source)
+
+
+def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model on the CPU in ``dtype``, by default as it is stored (a GGUF is decoded to bf16). Raises InputError
+    where weights are absent: transformers would fill them with random numbers."""
+    kwargs = source._where() | {"output_loading_info": True, "low_cpu_mem_usage": True}
+    if source.gguf:
+        kwargs |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.bfloat16}
+    else:
+        kwargs |= {"use_safetensors": True, "dtype": dtype or "auto"}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(**kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{source.folder}: can not be loaded ({_first_line(error)})") from None
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(f"{source.folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
+    return model
+
+
+def write_sidecars(source: Source, folder: Path) -> None:
+    """Tokenizer, chat template and generation config into ``folder``: copied, or made from what a GGUF declares."""
+    if source.gguf:
+        source.tokenizer().save_pretrained(folder)
+        return
+    for pattern in _SIDECARS:
+        for path in sorted(source.folder.glob(pattern)):
+            target = folder / path.relative_to(source.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _auto_config(source: Source) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**source._where())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{source.folder}: its configuration can not be read ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
