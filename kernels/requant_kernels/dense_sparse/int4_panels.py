@@ -60,7 +60,7 @@ def panel_rows() -> int:
     rows, columns = codes.shape
     packed = pack_panels(codes)
     for size in (64, 32, 16):
-        decoded = torch.empty(columns, rows)
+        decoded = torch.empty(columns, rows, dtype=torch.float32)
         unpack_panels(packed.view(rows // size, columns, size // 2), decoded)
         if torch.equal(decoded, codes.float().T):
             return size

@@ -1,0 +1,25 @@
+"""Serves requant checkpoints with vLLM: `vllm serve CHECKPOINT`, nothing else to do."""
+
+import logging
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: makes the method known, in every process of vLLM, as often as it likes.
+
+    It patches nothing and can not fail for users of other models: an untested vLLM is refused when a requant
+    checkpoint is opened, not here.
+    """
+    from requant_kernels.scheme import QUANT_METHOD
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_requant.config import RequantConfig
+
+    register_quantization_config(QUANT_METHOD)(RequantConfig)
+    _log_where_vllm_logs()
+
+
+def _log_where_vllm_logs() -> None:
+    ours, theirs = logging.getLogger("requant_kernels"), logging.getLogger("vllm")
+    ours.setLevel(theirs.level)
+    for handler in theirs.handlers:
+        ours.addHandler(handler)

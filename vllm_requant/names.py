@@ -1,0 +1,49 @@
+"""vLLM's name of a layer -> the names in the checkpoint, in which schemes are written.
+
+vLLM fuses layers (q_proj, k_proj, v_proj -> qkv_proj) and for some models renames them (decoder. -> model.decoder.).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from requant_kernels.errors import SchemeError
+from requant_kernels.scheme import CheckpointScheme, LayerScheme
+from vllm.model_executor.models.utils import WeightsMapper
+
+
+def unfused(name: str, packed_modules: Mapping[str, Sequence[str]]) -> list[str]:
+    """The layers that vLLM stacks into ``name``, in their order; itself where there are none."""
+    parent, _, last = name.rpartition(".")
+    return [f"{parent}.{part}" if parent else part for part in packed_modules.get(last, [last])]
+
+
+def original_names(name: str, mappers: Iterable[WeightsMapper]) -> list[str]:
+    """All checkpoint names that ``mappers``, one after the other, turn into ``name``; never empty.
+
+    A mapping by prefix or substring is run backwards; whatever that yields counts only if it maps forward to
+    ``name`` again. Raises SchemeError where nothing does.
+    """
+    names = [name]
+    for mapper in reversed(list(mappers)):
+        names = [old for new in names for old in _candidates(new, mapper) if mapper.map_name(old) == new]
+    if not names:
+        raise SchemeError(f"{name}: vLLM renames this layer in a way that can not be traced to the checkpoint")
+    return names
+
+
+def _candidates(new: str, mapper: WeightsMapper) -> list[str]:
+    candidates = [new]
+    for old_part, new_part in mapper.orig_to_new_prefix.items():
+        if new_part is not None and new.startswith(new_part):
+            candidates.append(old_part + new[len(new_part) :])
+    for old_part, new_part in mapper.orig_to_new_substr.items():
+        if new_part:
+            candidates.append(new.replace(new_part, old_part, 1))
+    return candidates
+
+
+def scheme_of(name: str, scheme: CheckpointScheme, mappers: Iterable[WeightsMapper]) -> LayerScheme | None:
+    """The scheme of one unfused layer; where several checkpoint names are possible, the one that is spoken of."""
+    found = [scheme.for_layer(old) for old in original_names(name, mappers)]
+    if None in found:
+        return None
+    return next((one for one in found if one != scheme.scheme), scheme.scheme)

@@ -1,0 +1,100 @@
+"""From the tensors of a file, in any order, to one validated local weight per layer.
+
+The sparse part has a length that no parameter can be given beforehand, so the parameters that vLLM finds on a layer
+are empty: their loader collects the tensors of each shard, and as soon as a shard is whole it is validated and cut
+to this rank. Memory then holds the file's form of one layer at a time.
+"""
+
+from collections.abc import Callable
+
+import torch
+from requant_kernels.errors import CheckpointError
+from requant_kernels.scheme import LayerScheme
+from requant_kernels.weight import DenseSparseWeight, tensor_names
+
+from vllm_requant.sharding import LocalIndex, ShardId
+
+# Every tensor that any scheme knows has a placeholder, and so has the unquantized weight: one that a file should
+# not contain is then refused by name.
+TENSORS = {
+    "weight_packed": torch.int32,
+    "weight_scale": None,
+    "weight_zero_point": torch.int32,
+    "weight_codebook": None,
+    "sparse_row_offsets": torch.int32,
+    "sparse_columns": torch.uint16,
+    "sparse_values": None,
+    "weight": None,
+}
+
+
+class LayerLoader:
+    """Collects one linear layer of the model, made of the stored layers ``names`` (several where vLLM fuses them)."""
+
+    def __init__(
+        self, names: list[str], scheme: LayerScheme, index: LocalIndex, finish: Callable[[DenseSparseWeight], None]
+    ) -> None:
+        """``finish`` gets the local weight once, as soon as it is whole."""
+        self._names, self._scheme, self._index, self._finish = names, scheme, index, finish
+        self._arrived: dict[int, dict[str, torch.Tensor]] = {}
+        self._parts: list[tuple[torch.Tensor, DenseSparseWeight]] = []
+        self._complete = False
+
+    def placeholder(self, tensor_name: str, dtype: torch.dtype) -> torch.nn.Parameter:
+        """An empty parameter whose ``weight_loader`` brings tensors here."""
+        parameter = torch.nn.Parameter(torch.empty(0, dtype=TENSORS[tensor_name] or dtype), requires_grad=False)
+
+        def weight_loader(param: torch.nn.Parameter, loaded: torch.Tensor, shard: ShardId = None) -> None:
+            self._load(tensor_name, loaded, shard)
+
+        parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
+        return parameter
+
+    def check_complete(self) -> None:
+        """Raises CheckpointError, naming the first tensor that never came."""
+        if self._complete:
+            return
+        for position, name in enumerate(self._names):
+            arrived = self._arrived.get(position, {})
+            for tensor_name in tensor_names(self._scheme):
+                if tensor_name not in arrived:
+                    raise CheckpointError(f"{name}.{tensor_name}: missing in the checkpoint")
+        raise CheckpointError(f"{', '.join(self._names)}: do not fill the model's layer")
+
+    def _load(self, tensor_name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        position = _position(shard)
+        where = f"{self._names[position]}.{tensor_name}"
+        expected = tensor_names(self._scheme)
+        if tensor_name == "weight":
+            raise CheckpointError(f"{where}: stored unquantized, but quantization_config does not ignore the layer")
+        if tensor_name not in expected:
+            raise CheckpointError(f"{where}: not expected in a layer of this scheme")
+        tensors = self._arrived.setdefault(position, {})
+        if tensor_name in tensors:
+            raise CheckpointError(f"{where}: loaded twice")
+        # A copy: some of vLLM's readers reuse their buffers.
+        tensors[tensor_name] = tensor.to("cpu", copy=True)
+        if len(tensors) == len(expected):
+            self._add_part(self._names[position], tensors, shard)
+
+    def _add_part(self, name: str, tensors: dict[str, torch.Tensor], shard: ShardId) -> None:
+        weight = DenseSparseWeight.from_tensors(self._scheme, tensors, name)
+        for tensor_name in tensors:  # the names stay, to tell later what came; the memory goes
+            tensors[tensor_name] = torch.empty(0)
+        try:
+            places, local = self._index.cut(weight, shard)
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        self._parts.append((places, local))
+        if sum(len(places) for places, _ in self._parts) == self._index.size:
+            self._complete = True
+            self._parts.sort(key=lambda part: int(part[0][0]))
+            self._finish(DenseSparseWeight.concat_rows([part for _, part in self._parts]))
+            self._parts.clear()
+
+
+def _position(shard: ShardId) -> int:
+    """Which of the fused layers vLLM's shard id means."""
+    if isinstance(shard, tuple):
+        return shard[0]
+    return shard if isinstance(shard, int) else {None: 0, "q": 0, "k": 1, "v": 2}[shard]
