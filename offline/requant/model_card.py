@@ -21,7 +21,7 @@ Dense low-bit weights plus an unstructured sparse residual (`quant_method: requa
 |---|---|
 | linear layers | {layers} quantized, {skipped} as they were (listed with the reason in `requant_report.json`) |
 | true bits a weight | {bits:.2f}: every stored bit of the quantized layers over their weights |
-| sparse entries | {sparse:.2%} |
+| sparse entries | {sparse:.2f} % |
 | size of all tensors | {size}, the original {original} |
 | calibration | none |
 | made with | {producer} |
@@ -50,15 +50,15 @@ transformers does not know the format and fills the linear layers with random nu
 def model_card(report: Report, source: Source) -> str:
     front: dict[str, Any] = {"base_model": report.model} | _license(source)
     front |= {"library_name": "vllm", "tags": ["requant", "quantized"], "pipeline_tag": "text-generation"}
-    totals = report.totals
+    total = report.total
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         model=report.model,
-        layers=totals.quantized_layers,
-        skipped=totals.skipped_layers,
-        bits=totals.bits,
-        sparse=totals.sparse_share,
-        size=megabytes(totals.checkpoint_bytes),
+        layers=total.layers,
+        skipped=total.skipped_layers,
+        bits=total.bits_per_weight,
+        sparse=total.sparse_percent,
+        size=megabytes(total.checkpoint_bytes),
         original=megabytes(report.original_bytes),
         producer=", ".join(f"{name} {version}" for name, version in report.producer.items()),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),

@@ -5,7 +5,6 @@ A further architecture is one more entry of ``ARCHITECTURES``; nothing else know
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +15,8 @@ from requant.errors import InputError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where things are. Names inside a block are relative to it, the others are full."""
+    """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with the
+    query and key projections and ends with the MLP's last."""
 
     blocks: str
     linears: tuple[str, ...]
@@ -56,9 +56,14 @@ def architecture_of(model_type: str, where: str) -> Architecture:
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without weights, on the meta device: names and shapes only."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model without weights, on the meta device: names and shapes only. Raises InputError where the numbers of
+    ``config`` describe none."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers checks little: a wrong number may surface as anything
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(f"config.json: no model can be built from it ({reason})") from None
 
 
 def blocks(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -86,6 +91,13 @@ def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.
     return found
 
 
+def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tensor, str]:
+    """The weight of the output head, which is never quantized, and what to say about it."""
+    weight = model.get_parameter(f"{architecture.head}.weight")
+    tied = model.config.tie_word_embeddings
+    return weight, f"output head, tied to {architecture.embeddings}" if tied else "output head"
+
+
 def outer_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything outside the blocks that is stored: embeddings, final norm, head; a tied weight once."""
     for name, parameter in model.named_parameters():  # yields a shared parameter under its first name only
@@ -93,12 +105,10 @@ def outer_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterato
             yield name, parameter.detach()
 
 
-def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+def stored_shapes(model: PreTrainedModel, architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an unquantized checkpoint of ``model`` holds."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def dtype_of(config: PreTrainedConfig | dict[str, Any]) -> str | None:
-    """The dtype that a config declares, as safetensors and JSON spell it ("bfloat16"), or None."""
-    raw = config if isinstance(config, dict) else config.to_dict()
-    return raw.get("dtype") or raw.get("torch_dtype")
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if model.config.tie_word_embeddings:
+        # not by identity: while transformers loads a model, those that are built have no tied weights yet
+        shapes.pop(f"{architecture.head}.weight", None)
+    return shapes

@@ -37,7 +37,6 @@ def run(
     with staged(out, overwrite=overwrite, source=source.folder) as folder:
         torch.manual_seed(recipe.seed)
         network = sources.load(source)
-        dtype = str(network.dtype).removeprefix("torch.")
         original_bytes = sum(parameter.nbytes for parameter in network.parameters())
         shards = ShardWriter(folder, max_shard_bytes)
         architecture = models.ARCHITECTURES[network.config.model_type]
@@ -47,10 +46,10 @@ def run(
             recipe=recipe.to_dict(),
             producer=producer(),
             layers=tuple(rows),
-            totals=Totals.of(rows, shards.total_bytes),
+            total=Totals.of(rows, shards.total_bytes),
             original_bytes=original_bytes,
         )
-        _write_metadata(source, scheme, dtype, report, folder)
+        _write_metadata(source, network, scheme, report, folder)
     return report
 
 
@@ -73,7 +72,7 @@ class _Walk:
             rows += self._write_block(prefix, block)
             block.to("meta")  # its memory is free again
         self.shards.close()
-        return [*rows, _head_row(network, self.architecture)]
+        return [*rows, LayerRow.skipped(self.architecture.head, *models.head(network, self.architecture))]
 
     def _write_block(self, prefix: str, block: nn.Module) -> list[LayerRow]:
         rows = []
@@ -87,11 +86,15 @@ class _Walk:
                 for part, value in stored.to_tensors().items():
                     self.shards.add(f"{layer}.{part}", value)
                 nnz = stored.sparse.nnz if stored.sparse else 0
-                rows.append(LayerRow(layer, _shape(tensor), scheme, stored.stored_bits() // 8, nnz, error))
+                rows.append(
+                    LayerRow(
+                        layer, (stored.out_features, stored.in_features), scheme, stored.stored_bits() // 8, nnz, error
+                    )
+                )
             else:
                 self.shards.add(name, tensor)
                 if linear:
-                    rows.append(LayerRow(layer, _shape(tensor), None, tensor.nbytes, reason="ignored by the recipe"))
+                    rows.append(LayerRow.skipped(layer, tensor, "ignored by the recipe"))
         return rows
 
 
@@ -113,20 +116,14 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _head_row(network: PreTrainedModel, architecture: models.Architecture) -> LayerRow:
-    weight = network.get_submodule(architecture.head).weight
-    tied = weight is network.get_submodule(architecture.embeddings).weight
-    reason = f"output head, tied to {architecture.embeddings}" if tied else "output head"
-    return LayerRow(architecture.head, _shape(weight), None, weight.nbytes, reason=reason)
-
-
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
-
-
-def _write_metadata(source: sources.Source, scheme: CheckpointScheme, dtype: str, report: Report, folder: Path) -> None:
-    config = {key: value for key, value in sources.raw_config(source).items() if key not in ("torch_dtype",)}
-    write_json(folder / "config.json", config | {"dtype": dtype, "quantization_config": scheme.to_dict()})
+def _write_metadata(
+    source: sources.Source, network: PreTrainedModel, scheme: CheckpointScheme, report: Report, folder: Path
+) -> None:
+    config = sources.raw_config(source)
+    config.pop("torch_dtype", None)  # the old name of dtype
+    config["architectures"] = config.get("architectures") or [type(network).__name__]  # a GGUF names none
+    config |= {"dtype": str(network.dtype).removeprefix("torch."), "quantization_config": scheme.to_dict()}
+    write_json(folder / "config.json", config)
     sources.write_sidecars(source, folder)
     write_json(folder / REPORT_FILE, report.to_dict())
     (folder / "README.md").write_text(model_card(report, source), encoding="utf-8")

@@ -25,7 +25,7 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
     if not quantized:
         raise InputError("ignore: leaves no layer to quantize")
     _refuse_shapes(quantized, recipe.weights.group_size)
-    if split := split_fused(scheme, config.model_type, config.num_hidden_layers):
+    if split := split_fused(scheme, config):
         raise InputError(split[0])
     return scheme
 
@@ -46,11 +46,11 @@ def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:
             )
 
 
-def split_fused(scheme: CheckpointScheme, model_type: str, num_blocks: int) -> list[str]:
+def split_fused(scheme: CheckpointScheme, config: PreTrainedConfig) -> list[str]:
     """One line for every set of layers that vLLM runs as one and that ``scheme`` stores in different ways."""
-    architecture = models.ARCHITECTURES[model_type]
+    architecture = models.ARCHITECTURES[config.model_type]
     lines = []
-    for index in range(num_blocks):
+    for index in range(config.num_hidden_layers):
         prefix = f"{architecture.blocks}.{index}"
         for members in architecture.fused:
             if len({scheme.for_layer(f"{prefix}.{member}") for member in members}) > 1:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
+import torch
 from requant_kernels.scheme import LayerScheme
 
 
@@ -23,21 +24,26 @@ class LayerRow:
     error: float | None = None
     reason: str | None = None
 
+    @classmethod
+    def skipped(cls, name: str, weight: torch.Tensor, reason: str) -> Self:
+        return cls(name, (weight.shape[0], weight.shape[1]), None, weight.nbytes, reason=reason)
+
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
     @property
-    def bits(self) -> float:
+    def bits_per_weight(self) -> float:
         """True bits a weight: everything stored, over N*K."""
         return 8 * self.bytes / self.numel
 
     @property
-    def sparse_share(self) -> float:
-        return self.nnz / self.numel
+    def sparse_percent(self) -> float:
+        return 100 * self.nnz / self.numel
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"scheme": self.scheme and self.scheme.to_dict(), "bits": round(self.bits, 4)}
+        derived = {"bits_per_weight": round(self.bits_per_weight, 4), "sparse_percent": round(self.sparse_percent, 4)}
+        return asdict(self) | derived
 
     def describe(self) -> str:
         """The scheme in a few characters: 'w4 g64 asym + sparse'."""
@@ -53,11 +59,11 @@ class LayerRow:
 class Totals:
     """Over the quantized layers, unless it says otherwise. checkpoint_bytes: all tensors of the checkpoint."""
 
-    quantized_layers: int
+    layers: int
     skipped_layers: int
-    bits: float
-    sparse_share: float
-    quantized_bytes: int
+    bits_per_weight: float
+    sparse_percent: float
+    bytes: int
     checkpoint_bytes: int
 
     @classmethod
@@ -67,18 +73,18 @@ class Totals:
         numel = sum(row.numel for row in quantized) or 1
         stored = sum(row.bytes for row in quantized)
         return cls(
-            quantized_layers=len(quantized),
+            layers=len(quantized),
             skipped_layers=len(rows) - len(quantized),
-            bits=8 * stored / numel,
-            sparse_share=sum(row.nnz for row in quantized) / numel,
-            quantized_bytes=stored,
+            bits_per_weight=round(8 * stored / numel, 4),
+            sparse_percent=round(100 * sum(row.nnz for row in quantized) / numel, 4),
+            bytes=stored,
             checkpoint_bytes=checkpoint_bytes,
         )
 
     def describe(self) -> str:
         return (
-            f"{self.quantized_layers} linear layers at {self.bits:.2f} true bits a weight "
-            f"({self.sparse_share:.2%} sparse), {self.skipped_layers} as they were; "
+            f"{self.layers} linear layers at {self.bits_per_weight:.2f} true bits a weight "
+            f"({self.sparse_percent:.2f} % sparse), {self.skipped_layers} as they were; "
             f"{megabytes(self.checkpoint_bytes)} in all"
         )
 
@@ -92,7 +98,7 @@ class Report:
     recipe: dict[str, Any]
     producer: dict[str, str]
     layers: tuple[LayerRow, ...]
-    totals: Totals
+    total: Totals
     original_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,9 +109,9 @@ def table(rows: Iterable[LayerRow]) -> str:
     """Fixed-width text: layer, shape, scheme, true bits, sparse share, size."""
     cells = [("layer", "shape", "scheme", "bits", "sparse", "size")]
     for row in rows:
-        share = f"{row.sparse_share:.2%}" if row.scheme and row.scheme.sparse else "-"
+        share = f"{row.sparse_percent:.2f} %" if row.scheme and row.scheme.sparse else "-"
         shape = f"{row.shape[0]} x {row.shape[1]}"
-        cells.append((row.name, shape, row.describe(), f"{row.bits:.2f}", share, megabytes(row.bytes)))
+        cells.append((row.name, shape, row.describe(), f"{row.bits_per_weight:.2f}", share, megabytes(row.bytes)))
     widths = [max(len(line[column]) for line in cells) for column in range(6)]
     left = (0, 2)
     return "\n".join(

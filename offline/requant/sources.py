@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -52,7 +53,7 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(**self._where())
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # the tokenizers library raises bare exceptions
             raise InputError(f"{self.folder}: its tokenizer can not be loaded ({_first_line(error)})") from None
 
 
@@ -80,7 +81,7 @@ def resolve(model: str | Path) -> Source:
 def raw_config(source: Source) -> dict[str, Any]:
     """config.json as it stands, or what a GGUF declares. Raises InputError where it is no JSON object."""
     if source.gguf:
-        return _auto_config(source).to_dict()
+        return auto_config(source).to_dict()
     path = source.folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -94,14 +95,19 @@ def raw_config(source: Source) -> dict[str, Any]:
 def read_config(source: Source) -> PreTrainedConfig:
     """Raises InputError for whatever is not an unquantized causal LM of a supported architecture."""
     raw = raw_config(source)
+    refuse_unusable(raw, source)
+    architecture_of(raw["model_type"], str(source.folder))
+    return auto_config(source)
+
+
+def refuse_unusable(raw: dict[str, Any], source: Source) -> None:
+    """Raises InputError unless ``raw``, a config.json, describes an unquantized causal language model."""
     names = raw.get("architectures") or []
     if names and not any(str(name).endswith("ForCausalLM") for name in names):
         raise InputError(f"{source.folder}: not a causal language model, but {', '.join(map(str, names))}")
-    architecture_of(raw["model_type"], str(source.folder))
     if "quantization_config" in raw:
         method = dict(raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise InputError(f"{source.folder}: its weights are already quantized ({method}); start from the original")
-    return _auto_config(source)
 
 
 def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -125,6 +131,7 @@ def write_sidecars(source: Source, folder: Path) -> None:
     """Tokenizer, chat template and generation config into ``folder``: copied, or made from what a GGUF declares."""
     if source.gguf:
         source.tokenizer().save_pretrained(folder)
+        GenerationConfig.from_model_config(auto_config(source)).save_pretrained(folder)
         return
     for pattern in _SIDECARS:
         for path in sorted(source.folder.glob(pattern)):
@@ -133,10 +140,11 @@ def write_sidecars(source: Source, folder: Path) -> None:
             shutil.copyfile(path, target)
 
 
-def _auto_config(source: Source) -> PreTrainedConfig:
+def auto_config(source: Source) -> PreTrainedConfig:
+    """The configuration as transformers understands it. Raises InputError where it does not."""
     try:
         return AutoConfig.from_pretrained(**source._where())
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a wrong value in it may surface as anything
         raise InputError(f"{source.folder}: its configuration can not be read ({_first_line(error)})") from None
 
 

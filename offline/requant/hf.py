@@ -1,0 +1,88 @@
+"""Lets transformers load a requant checkpoint, decoded to full precision; importing this module registers it.
+
+Without it ``AutoModelForCausalLM.from_pretrained`` does not know the format and leaves every linear layer random.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from requant_kernels.errors import CheckpointError
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import QUANT_METHOD, CheckpointScheme
+from requant_kernels.weight import SPARSE_TENSORS, DenseSparseWeight
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from requant.validation import defects
+
+_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_codebook", *SPARSE_TENSORS)
+
+
+def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint as an ordinary transformers model whose weights are dense + sparse in ``dtype``.
+
+    Only fp32 holds the decoded values exactly. Raises CheckpointError naming file, tensor and reason.
+    """
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+@register_quantization_config(QUANT_METHOD)
+class RequantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of config.json. Raises SchemeError for what the format does not know."""
+
+    dequantize = True  # the loaded model is an ordinary one; transformers then drops this configuration
+
+    def __init__(self, **data: Any) -> None:
+        self.quant_method = QUANT_METHOD
+        self.scheme = CheckpointScheme.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.scheme.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the tensors of each quantized layer by the one ``weight`` that they mean, while they are loaded."""
+
+    quantization_config: RequantConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        # transformers reports a failing conversion only after the fact and with a traceback; refuse beforehand
+        if checkpoint_files and (defect := next(defects(Path(checkpoint_files[0]).parent), None)):
+            raise CheckpointError(str(defect))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        model._weight_conversions = None  # save_pretrained would try to undo the decoding
+        return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        sources = [rf"\.{name}$" for name in _TENSORS]
+        return [WeightConverter(sources, ".weight", [_Decode(self.quantization_config.scheme)])]
+
+    def is_serializable(self, **_: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Decode(ConversionOps):  # type: ignore[misc]
+    def __init__(self, scheme: CheckpointScheme) -> None:
+        self._scheme = scheme
+
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        layer = full_layer_name.removesuffix(".weight")
+        scheme = self._scheme.for_layer(layer)
+        if scheme is None:
+            raise CheckpointError(f"{layer}: quantized tensors of a layer that config.json leaves as it is")
+        tensors = {pattern[2:-1]: values[0] for pattern, values in input_dict.items()}
+        return {full_layer_name: dequantize(DenseSparseWeight.from_tensors(scheme, tensors, layer)).to(model.dtype)}

@@ -1,0 +1,118 @@
+"""Everything that can be wrong with a checkpoint, without a model or a GPU: the work of ``requant check``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from requant_kernels.errors import CheckpointError
+from requant_kernels.packing import packed_length
+from requant_kernels.scheme import LayerScheme
+from requant_kernels.weight import DenseSparseWeight, tensor_names
+from transformers import PreTrainedConfig
+
+from requant import models
+from requant.errors import InputError
+from requant.planning import split_fused
+from requant.sources import auto_config, resolve
+from requant.stored import Defect, StoredCheckpoint, open_checkpoint
+from requant.tensor_parallel import obstacles
+
+_SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_FLOATS = {"BF16", "F16", "F32", "F64"}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What config.json promises: (scheme, [N, K]) of each quantized layer, the shapes of all other tensors, and
+    the dtype of every floating-point tensor as safetensors spells it."""
+
+    config: PreTrainedConfig
+    layers: dict[str, tuple[LayerScheme, tuple[int, int]]]
+    others: dict[str, tuple[int, ...]]
+    dtype: str
+
+    @classmethod
+    def of(cls, stored: StoredCheckpoint) -> "Expected":
+        """Raises InputError where config.json describes no model that is supported."""
+        architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
+        if stored.dtype not in _SPELLING:
+            raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
+        config = auto_config(resolve(stored.folder))
+        model = models.skeleton(config)
+        others, layers = models.stored_shapes(model, architecture), {}
+        for name, linear in models.linears(model, architecture).items():
+            if scheme := stored.scheme.for_layer(name):
+                layers[name] = (scheme, (linear.out_features, linear.in_features))
+                del others[f"{name}.weight"]
+        return cls(config, layers, others, _SPELLING[stored.dtype])
+
+
+def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
+    """Every defect of the checkpoint in ``folder``: files, then configuration (with each degree of tensor
+    parallelism that is asked for and not possible), names and shapes, contents."""
+    try:
+        stored = open_checkpoint(folder)
+        expected = Expected.of(stored)
+    except (CheckpointError, InputError) as error:
+        yield Defect("config.json", str(error).removeprefix("config.json: "))
+        return
+    yield from stored.defects
+    for line in split_fused(stored.scheme, expected.config):
+        yield Defect("config.json", line)
+    for degree in degrees:
+        for line in obstacles(expected.config, degree):
+            yield Defect("config.json", line)
+    structural = list(_structure(stored, expected))
+    yield from structural
+    unreadable = {defect.what.split(":")[0] for defect in structural}
+    yield from _contents(stored, expected, unreadable)
+
+
+def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:
+    known = set(expected.others)
+    for layer, (scheme, (rows, columns)) in expected.layers.items():
+        packed = (rows, packed_length(columns, scheme.weights.bits))
+        for name in tensor_names(scheme):
+            known.add(f"{layer}.{name}")
+            yield from _tensor(stored, f"{layer}.{name}", packed if name == "weight_packed" else None, expected.dtype)
+    for name, shape in expected.others.items():
+        yield from _tensor(stored, name, shape, expected.dtype)
+    for name in sorted(stored.tensors.keys() - known):
+        yield Defect(stored.tensors[name].file, f"{name}: not expected in this model")
+
+
+def _tensor(stored: StoredCheckpoint, name: str, shape: tuple[int, ...] | None, dtype: str) -> Iterator[Defect]:
+    found = stored.tensors.get(name)
+    if found is None:
+        if not stored.defects:  # else it may lie in a file that could not be read
+            yield Defect(stored.contents_file, f"{name}: missing")
+        return
+    rank = 1 if ".sparse_" in name else 2
+    if shape is None and len(found.shape) != rank:
+        yield Defect(found.file, f"{name}: shape {list(found.shape)}, expected {rank} dimensions")
+    elif shape is not None and found.shape != shape:
+        yield Defect(found.file, f"{name}: shape {list(found.shape)}, but {list(shape)} by config.json")
+    if found.dtype in _FLOATS and found.dtype != dtype:
+        yield Defect(found.file, f"{name}: dtype {found.dtype}, but {dtype} by config.json")
+
+
+def _contents(stored: StoredCheckpoint, expected: Expected, unreadable: set[str]) -> Iterator[Defect]:
+    """What only the numbers show, of every tensor whose name, shape and dtype are as expected."""
+    for layer, (scheme, _) in expected.layers.items():
+        names = {f"{layer}.{name}" for name in tensor_names(scheme)}
+        if names & unreadable or not names <= stored.tensors.keys():
+            continue
+        try:
+            read_layer(stored, layer, scheme)
+        except CheckpointError as error:
+            yield Defect(stored.tensors[str(error).split(":")[0]].file, str(error))
+    for name in sorted(expected.others.keys() & stored.tensors.keys() - unreadable):
+        if not bool(torch.isfinite(stored.read(name)).all()):
+            yield Defect(stored.tensors[name].file, f"{name}: not finite")
+
+
+def read_layer(stored: StoredCheckpoint, layer: str, scheme: LayerScheme) -> DenseSparseWeight:
+    """Raises CheckpointError naming layer and tensor unless it is what the scheme says."""
+    tensors = {name: stored.read(f"{layer}.{name}") for name in tensor_names(scheme)}
+    return DenseSparseWeight.from_tensors(scheme, tensors, layer)
