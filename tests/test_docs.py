@@ -1,13 +1,14 @@
 """What docs/FORMAT.md shows is what the code does."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from requant_kernels.packing import pack
-from requant_kernels.reference import dequantize
-from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.reference import dequantize, quantize_input
+from requant_kernels.scheme import ActivationScheme, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 from requant_kernels.weight import DenseSparseWeight, tensor_names
 
@@ -48,7 +49,27 @@ def test_whole_layer_table():
 
 
 def test_every_tensor_is_specified():
+    dense, w8a8 = re.findall(r"^## Tensors of a (?:dense-plus-sparse|W8A8) layer\n(.*?)(?=^## )", FORMAT, re.M | re.S)
+    named = {section: set(re.findall(r"^\| ([a-z_]+) \|", section, re.M)) - {"tensor"} for section in (dense, w8a8)}
+    known = {dense: set(), w8a8: set()}
     for codebook, symmetric in ((False, False), (False, True), (True, True)):
-        scheme = LayerScheme(WeightScheme(4, -1, symmetric, codebook), SparseScheme())
-        for name in tensor_names(scheme):
-            assert re.search(rf"^\| {name} \|", FORMAT, re.M), name
+        scheme = LayerScheme(WeightScheme(4, -1, symmetric, codebook), SparseScheme(), bias_correction=True)
+        known[dense] |= set(tensor_names(scheme))
+    for dynamic, symmetric in ((False, False), (True, True)):
+        scheme = LayerScheme(WeightScheme(8), None, ActivationScheme(dynamic, symmetric), bias_correction=True)
+        known[w8a8] |= set(tensor_names(scheme))
+    assert named == known
+
+
+def test_every_key_of_a_scheme_is_specified():
+    for section, scheme in (("weights", WeightScheme), ("activations", ActivationScheme)):
+        for key in fields(scheme):
+            assert re.search(rf"^\| {section}\.{key.name} \|", FORMAT, re.M), key.name
+    for key in ("sparse", "activations", "bias_correction"):
+        assert re.search(rf"^\| {key} \|", FORMAT, re.M), key
+
+
+def test_rounding_by_hand():
+    token, codes = re.search(r"^By hand: the token \((.*?)\), .* q = \((.*?)\)\.$", FORMAT, re.M).groups()
+    x = torch.tensor([float(number) for number in token.split(", ")])
+    assert quantize_input(x, ActivationScheme(dynamic=True)).codes.tolist() == [int(code) for code in codes.split(", ")]

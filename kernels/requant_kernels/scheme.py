@@ -89,21 +89,65 @@ class SparseScheme:
 
 
 @dataclass(frozen=True)
+class ActivationScheme:
+    """How a W8A8 layer rounds its input to int8: ``dynamic``, one step per token, found while serving; else one step
+    for the whole tensor, stored. Raises SchemeError."""
+
+    dynamic: bool
+    symmetric: bool = True
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits != 8:
+            raise SchemeError(f"activations.bits: {self.bits!r} is not 8")
+        for name in ("dynamic", "symmetric"):
+            if type(getattr(self, name)) is not bool:
+                raise SchemeError(f"activations.{name}: {getattr(self, name)!r} is not true or false")
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        data = _check_keys(cls, data, "activations")
+        if "dynamic" not in data:
+            raise SchemeError("activations: key 'dynamic' is missing")
+        return cls(**data)
+
+
+# A W8A8 layer multiplies int8 by int8: only steps that are constant along a row can leave the sum.
+W8A8_WEIGHTS = WeightScheme(bits=8, group_size=-1, symmetric=True)
+
+
+@dataclass(frozen=True)
 class LayerScheme:
-    """How one linear layer is stored; ``sparse`` None means that it has no sparse tensors."""
+    """How one linear layer is stored.
+
+    ``sparse`` None: no sparse tensors. ``activations`` None: the input is not rounded; else the layer is W8A8.
+    ``bias_correction``: a vector that is added to the output beside the model's own bias. Raises SchemeError.
+    """
 
     weights: WeightScheme
     sparse: SparseScheme | None = None
+    activations: ActivationScheme | None = None
+    bias_correction: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bias_correction) is not bool:
+            raise SchemeError(f"bias_correction: {self.bias_correction!r} is not true or false")
+        if self.activations and (self.weights != W8A8_WEIGHTS or self.sparse):
+            raise SchemeError(
+                "activations: need weights of 8 bits, group_size -1, symmetric, without codebook or sparse part"
+            )
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         data = _check_keys(cls, data, "scheme")
         if "weights" not in data:
             raise SchemeError("scheme: key 'weights' is missing")
-        sparse = data.get("sparse")
+        sparse, activations = data.get("sparse"), data.get("activations")
         return cls(
             WeightScheme.from_dict(data["weights"]),
             None if sparse is None else SparseScheme.from_dict(sparse),
+            None if activations is None else ActivationScheme.from_dict(activations),
+            data.get("bias_correction", False),
         )
 
     def to_dict(self) -> dict[str, Any]:

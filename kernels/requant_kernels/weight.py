@@ -17,24 +17,60 @@ SPARSE_TENSORS = ("sparse_row_offsets", "sparse_columns", "sparse_values")
 
 def tensor_names(scheme: LayerScheme) -> tuple[str, ...]:
     """The tensors that a layer of ``scheme`` stores: exactly these, none may be missing, none may be added."""
-    weights = scheme.weights
-    names = ["weight_packed"]
-    if weights.codebook:
-        names.append("weight_codebook")
+    weights, activations = scheme.weights, scheme.activations
+    if activations:
+        present = {
+            "weight": True,
+            "weight_scale": True,
+            "input_scale": not activations.dynamic,
+            "input_zero_point": not activations.dynamic and not activations.symmetric,
+        }
     else:
-        names.append("weight_scale")
-        if not weights.symmetric:
-            names.append("weight_zero_point")
-    return (*names, *(SPARSE_TENSORS if scheme.sparse else ()))
+        present = {
+            "weight_packed": True,
+            "weight_codebook": weights.codebook,
+            "weight_scale": not weights.codebook,
+            "weight_zero_point": not weights.symmetric,
+        } | dict.fromkeys(SPARSE_TENSORS, scheme.sparse is not None)
+    present["bias_correction"] = scheme.bias_correction
+    return tuple(name for name, stored in present.items() if stored)
+
+
+def check_names(scheme: LayerScheme, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Raises CheckpointError naming the first tensor that is missing or does not belong into the layer ``where``."""
+    expected = set(tensor_names(scheme))
+    if missing := sorted(expected - set(tensors)):
+        raise CheckpointError(f"{where}.{missing[0]}: missing")
+    if extra := sorted(set(tensors) - expected):
+        raise CheckpointError(f"{where}.{extra[0]}: not expected in a layer of this scheme")
+
+
+def check_tensor(
+    where: str, tensor: torch.Tensor, shape: tuple[int, ...], allowed: tuple[torch.dtype, ...] = MODEL_DTYPES
+) -> None:
+    """Raises CheckpointError unless ``tensor``, whose full name is ``where``, has that shape, a dtype of ``allowed``
+    and only finite values."""
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{where}: shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype not in allowed:
+        raise CheckpointError(f"{where}: dtype {tensor.dtype}, expected {allowed[0]}")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{where}: not finite")
+
+
+def correction_of_columns(correction: torch.Tensor | None, start: int) -> torch.Tensor | None:
+    """Layers that are cut along K add up to the whole one, so only the first of them may carry the correction."""
+    return correction if correction is None or start == 0 else torch.zeros_like(correction)
 
 
 @dataclass(frozen=True)
 class DenseSparseWeight:
-    """W [N, K] = dense low-bit part + sparse residuals.
+    """W [N, K] = dense low-bit part + sparse residuals; y = x W^T + bias_correction.
 
     packed int32 [N, ceil(K*b/32)]; scale [N, K/g] and packed zero_point int32 [N, ceil(K/g*b/32)] (asymmetric
-    only), or codebook [N, 2**b]; sparse None where the scheme has none. ``group_size`` is the number of columns a
-    scale covers in *this* slice, always positive: slicing across a group makes it smaller than the scheme's.
+    only), or codebook [N, 2**b]; sparse and bias_correction [N] None where the scheme has none. ``group_size`` is
+    the number of columns a scale covers in *this* slice, always positive: slicing across a group makes it smaller
+    than the scheme's.
     """
 
     scheme: LayerScheme
@@ -45,6 +81,7 @@ class DenseSparseWeight:
     zero_point: torch.Tensor | None = None
     codebook: torch.Tensor | None = None
     sparse: SparsePart | None = None
+    bias_correction: torch.Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -81,6 +118,7 @@ class DenseSparseWeight:
         zero_points: torch.Tensor | None = None,
         codebook: torch.Tensor | None = None,
         sparse: SparsePart | None = None,
+        bias_correction: torch.Tensor | None = None,
     ) -> Self:
         """Unpacked codes [N, K] and zero points [N, K/g] -> the packed layer, validated."""
         bits, in_features = scheme.weights.bits, codes.shape[1]
@@ -93,6 +131,7 @@ class DenseSparseWeight:
             zero_point=None if zero_points is None else pack(zero_points, bits),
             codebook=codebook,
             sparse=sparse,
+            bias_correction=bias_correction,
         )
         weight.validate("weight")
         return weight
@@ -103,11 +142,7 @@ class DenseSparseWeight:
 
         Trusts nothing: raises CheckpointError naming ``where`` and the tensor.
         """
-        expected = set(tensor_names(scheme))
-        if missing := sorted(expected - set(tensors)):
-            raise CheckpointError(f"{where}.{missing[0]}: missing")
-        if extra := sorted(set(tensors) - expected):
-            raise CheckpointError(f"{where}.{extra[0]}: not expected in a layer of this scheme")
+        check_names(scheme, tensors, where)
         packed, bits = tensors["weight_packed"], scheme.weights.bits
         if packed.dtype != torch.int32 or packed.dim() != 2:
             raise CheckpointError(f"{where}.weight_packed: {packed.dtype} {list(packed.shape)}, not int32 [N, K*b/32]")
@@ -131,6 +166,7 @@ class DenseSparseWeight:
             tensors.get("weight_zero_point"),
             tensors.get("weight_codebook"),
             sparse,
+            tensors.get("bias_correction"),
         )
         weight.validate(where)
         return weight
@@ -142,6 +178,7 @@ class DenseSparseWeight:
             "weight_scale": self.scale,
             "weight_zero_point": self.zero_point,
             "weight_codebook": self.codebook,
+            "bias_correction": self.bias_correction,
         }
         if self.sparse:
             parts = (self.sparse.row_offsets, self.sparse.columns, self.sparse.values)
@@ -159,18 +196,13 @@ class DenseSparseWeight:
             ("weight_scale", self.scale, (rows, self.groups)),
             ("weight_codebook", self.codebook, (rows, self.scheme.weights.levels)),
             ("weight_zero_point", self.zero_point, (rows, packed_length(self.groups, bits))),
+            ("bias_correction", self.bias_correction, (rows,)),
         ):
             if (tensor is not None) != (name in tensor_names(self.scheme)):
                 raise CheckpointError(f"{where}.{name}: {'missing' if tensor is None else 'not expected'}")
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != shape:
-                raise CheckpointError(f"{where}.{name}: shape {list(tensor.shape)}, expected {list(shape)}")
-            allowed = (torch.int32,) if name == "weight_zero_point" else MODEL_DTYPES
-            if tensor.dtype not in allowed:
-                raise CheckpointError(f"{where}.{name}: dtype {tensor.dtype}, expected {allowed[0]}")
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(f"{where}.{name}: not finite")
+            if tensor is not None:
+                dtypes = (torch.int32,) if name == "weight_zero_point" else MODEL_DTYPES
+                check_tensor(f"{where}.{name}", tensor, shape, dtypes)
         if self.scale is not None and bool((self.scale <= 0).any()):
             raise CheckpointError(f"{where}.weight_scale: not positive")
         if self.sparse is not None:
@@ -193,6 +225,7 @@ class DenseSparseWeight:
             zero_point=pick(self.zero_point),
             codebook=pick(self.codebook),
             sparse=None if self.sparse is None else self.sparse.take_rows(index),
+            bias_correction=pick(self.bias_correction),
         )
 
     def take_columns(self, start: int, stop: int) -> Self:
@@ -215,6 +248,7 @@ class DenseSparseWeight:
             scale=None if self.scale is None else self.scale[:, group_of],
             zero_point=None if zero_points is None else pack(zero_points[:, group_of], bits),
             sparse=None if self.sparse is None else self.sparse.take_columns(start, stop),
+            bias_correction=correction_of_columns(self.bias_correction, start),
         )
 
     @classmethod
@@ -240,6 +274,7 @@ class DenseSparseWeight:
             stack("zero_point"),
             stack("codebook"),
             None if first.sparse is None else SparsePart.concat_rows([p.sparse for p in parts if p.sparse]),
+            stack("bias_correction"),
         )
 
     def to(self, device: torch.device | str) -> Self:
@@ -260,4 +295,5 @@ class DenseSparseWeight:
                 columns=sparse.columns.to(device),
                 values=sparse.values.to(device),
             ),
+            bias_correction=move(self.bias_correction),
         )

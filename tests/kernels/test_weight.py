@@ -55,6 +55,15 @@ def test_slicing_commutes_with_dequantize(weight, data):
     assert torch.equal(dequantize(part), dense[:, start:stop])
 
 
+@given(weight=layers(), data=st.data())
+def test_layers_cut_by_columns_add_up_to_the_whole(weight, data):
+    x = torch.randn(3, weight.in_features)
+    cut = data.draw(st.integers(1, weight.in_features - 1))
+    bounds = ((0, cut), (cut, weight.in_features))
+    total = sum(dense_sparse_linear(x[:, a:b], weight.take_columns(a, b)) for a, b in bounds)
+    torch.testing.assert_close(total, dense_sparse_linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
 @given(weight=layers(), parts=st.integers(1, 3))
 def test_concat_inverts_a_split_by_rows(weight, parts):
     pieces = [weight.take_rows(index) for index in torch.arange(weight.out_features).tensor_split(parts) if len(index)]
@@ -69,10 +78,13 @@ def test_concat_of_different_schemes_is_refused():
         DenseSparseWeight.concat_rows([random_weight(FULL, (4, 64)), random_weight(other, (4, 64))])
 
 
-def test_reference_product_and_bias():
-    weight = random_weight(FULL, (8, 64))
+@pytest.mark.parametrize("correction", [False, True], ids=["plain", "bias correction"])
+def test_reference_product_and_bias(correction):
+    weight = random_weight(LayerScheme(FULL.weights, FULL.sparse, bias_correction=correction), (8, 64))
     x, bias = torch.randn(2, 3, 64), torch.randn(8)
     expected = x.double() @ naive(weight).T + bias.double()
+    if correction:
+        expected = expected + weight.bias_correction.double()
     torch.testing.assert_close(dense_sparse_linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -125,6 +137,8 @@ TAMPERED = {
     "packed float": (_swap("weight_packed", lambda t: t.float()), "weight_packed: torch.float32"),
     "packed of odd width": (_swap("weight_packed", lambda t: t[:, :3]), "weight_packed: 3 words"),
     "zero points short": (_swap("weight_zero_point", lambda t: t[:4]), "weight_zero_point: shape"),
+    "nan correction": (_set("bias_correction", 0, float("nan")), "bias_correction: not finite"),
+    "correction of another length": (_swap("bias_correction", lambda t: t[:4]), "bias_correction: shape"),
     "missing": (lambda tensors: tensors.pop("weight_scale"), "weight_scale: missing"),
     "extra": (lambda tensors: tensors.update(g_idx=torch.zeros(1)), "g_idx: not expected"),
 }
@@ -132,7 +146,7 @@ TAMPERED = {
 
 @pytest.mark.parametrize(("tamper", "message"), TAMPERED.values(), ids=TAMPERED)
 def test_tampered_tensors_are_refused_by_name(tamper, message):
-    scheme = FULL
+    scheme = LayerScheme(FULL.weights, FULL.sparse, bias_correction=True)
     tensors = random_weight(scheme, (8, 64), density=0.3).to_tensors()
     tamper(tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
