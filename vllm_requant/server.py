@@ -1,6 +1,7 @@
 """A ``vllm serve`` process of our own: started on a free loopback port, waited for, and always stopped."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ STOP_SECONDS = 30.0
 
 
 class ServerError(RuntimeError):
-    """The server did not come up; the message ends with the last lines of its log."""
+    """The server did not come up; the message says why, as far as its log does."""
 
 
 def free_port() -> int:
@@ -51,6 +52,12 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _cause(text: str) -> str:
+    """The first error that a log names, the root one of vLLM's chain of processes; else its last lines."""
+    first = re.search(r"^.*?\b([\w.]*(?:Error|Exception): .+)$", text, re.MULTILINE)
+    return first[1] if first else "\n".join(text.splitlines()[-20:])
+
+
 def _await_health(
     process: subprocess.Popen[bytes], url: str, log: Path, timeout: float, waiting: Callable[[float], None]
 ) -> None:
@@ -58,9 +65,8 @@ def _await_health(
     while not _healthy(url):
         elapsed = time.monotonic() - started
         if process.poll() is not None or elapsed > timeout:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
             why = f"exited with {process.returncode}" if process.poll() is not None else f"silent for {timeout:.0f} s"
-            raise ServerError(f"vllm serve {why}; the end of {log}:\n{tail}")
+            raise ServerError(f"vllm serve {why} (log: {log})\n{_cause(log.read_text(errors='replace'))}")
         waiting(elapsed)
         time.sleep(POLL_SECONDS)
 
