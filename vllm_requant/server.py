@@ -54,7 +54,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _cause(text: str) -> str:
     """The first error that a log names, the root one of vLLM's chain of processes; else its last lines."""
-    first = re.search(r"^.*?\b([\w.]*(?:Error|Exception): .+)$", text, re.MULTILINE)
+    first = re.search(r"^(?:\([^)]*\) )?(?:ERROR [^]]*\] )?([\w.]*(?:Error|Exception): .+)$", text, re.MULTILINE)
     return first[1] if first else "\n".join(text.splitlines()[-20:])
 
 
