@@ -1,0 +1,30 @@
+"""Which implementation runs a W8A8 layer, decided once at load time."""
+
+import torch
+
+from requant_kernels.choice import first_able
+from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.w8a8.accumulating import Accumulating
+from requant_kernels.w8a8.interface import Implementation, LayerConfig
+from requant_kernels.w8a8.onednn import OneDnn
+from requant_kernels.w8a8.products import Fbgemm, Float32, IntMm
+from requant_kernels.w8a8.weight import W8A8Weight
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    one.name: one for one in (OneDnn(), Accumulating(IntMm()), Accumulating(Fbgemm()), Accumulating(Float32()))
+}
+
+
+def prepare(weight: W8A8Weight, dtype: torch.dtype, device: torch.device) -> Prepared:
+    """The runtime layout of ``weight`` for x of ``dtype`` on ``device``.
+
+    Its bias correction is left to the caller: a bias like any other. Raises ValueError where nothing can run it.
+    """
+    config = LayerConfig.of(weight, dtype, device)
+    return first_able(IMPLEMENTATIONS.values(), config, _kind(config)).prepare(weight, config)
+
+
+def _kind(config: LayerConfig) -> str:
+    steps = "dynamic" if config.activations.dynamic else "static"
+    symmetry = "symmetric" if config.activations.symmetric else "asymmetric"
+    return f"W8A8 {steps} {symmetry} layers with {config.dtype} on {config.device.type}"

@@ -1,0 +1,49 @@
+"""What every CPU implementation keeps of a layer beside its own form of the codes."""
+
+from typing import NamedTuple, Self
+
+import torch
+
+from requant_kernels.reference import QuantizedInput
+from requant_kernels.scheme import ActivationScheme
+from requant_kernels.w8a8.rounding import round_input
+from requant_kernels.w8a8.weight import W8A8Weight
+
+
+class Runtime(NamedTuple):
+    """operand: the codes in an implementation's own form; weight_scale and weight_sums (of the codes of each row)
+    fp32 [N]; input_scale fp32 [1] and input_zero_point int32 [1] where the scheme stores them."""
+
+    scheme: ActivationScheme
+    operand: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_sums: torch.Tensor
+    input_scale: torch.Tensor | None = None
+    input_zero_point: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, weight: W8A8Weight, operand: torch.Tensor, weight_scale: torch.Tensor) -> Self:
+        assert weight.scheme.activations is not None
+        zero_point = weight.input_zero_point
+        return cls(
+            weight.scheme.activations,
+            operand,
+            weight_scale,
+            weight.codes.sum(1, dtype=torch.int32).float(),
+            None if weight.input_scale is None else weight.input_scale.float(),
+            None if zero_point is None else zero_point.to(torch.int32),
+        )
+
+    def store(self) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+        """Tensors and meta of a ``Prepared`` layer."""
+        tensors = {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
+        return tensors, (self.scheme.dynamic, self.scheme.symmetric)
+
+    @classmethod
+    def load(cls, tensors: list[torch.Tensor], meta: list[int]) -> Self:
+        """The inverse of ``store``."""
+        dynamic, symmetric = meta
+        return cls(ActivationScheme(bool(dynamic), bool(symmetric)), *tensors)
+
+    def round(self, x: torch.Tensor) -> QuantizedInput:
+        return round_input(x, self.scheme, self.input_scale, self.input_zero_point)

@@ -1,0 +1,8 @@
+"""vLLM's CPU operators, which the package uses where a process has them, are loaded where vLLM is installed."""
+
+import contextlib
+
+with contextlib.suppress(ImportError):
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
