@@ -5,6 +5,7 @@ A further architecture is one more entry of ``ARCHITECTURES``; nothing else know
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,14 +15,32 @@ from requant.errors import InputError
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A producer whose output channels can be divided by scales that its consumers' columns are multiplied by, exactly.
+
+    through: what lies between. "norm": the producer is a norm, nothing does. "rows": each output row of a linear layer
+    meets one column, perhaps multiplied by something else or through a ReLU. "heads": attention, so that the value row
+    of a key/value head meets one column for each query head. requires: what config.json must say for it to be exact.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    through: Literal["norm", "rows", "heads"]
+    requires: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with the
-    query and key projections and ends with the MLP's last."""
+    query and key projections and ends with the MLP's last. ``pairs``: in the order in which a block runs them.
+    ``norm_offset``: a norm multiplies by weight + norm_offset."""
 
     blocks: str
     linears: tuple[str, ...]
     norms: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...]  # linears that vLLM runs as one, so that they must share a scheme
+    pairs: tuple[Pair, ...] = ()
+    norm_offset: float = 0.0
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
@@ -35,6 +54,31 @@ LLAMA = Architecture(
     linears=(*_QKV, "self_attn.o_proj", *_GATE_UP, "mlp.down_proj"),
     norms=("input_layernorm", "post_attention_layernorm"),
     fused=(_QKV, _GATE_UP),
+    pairs=(
+        Pair("input_layernorm", _QKV, "norm"),
+        Pair("self_attn.v_proj", ("self_attn.o_proj",), "heads"),
+        Pair("post_attention_layernorm", _GATE_UP, "norm"),
+        Pair("mlp.up_proj", ("mlp.down_proj",), "rows"),
+    ),
+)
+
+GEMMA = replace(LLAMA, norm_offset=1.0)
+
+_PRE_NORM = (("do_layer_norm_before", True),)
+
+OPT = Architecture(
+    blocks="model.decoder.layers",
+    linears=(*_QKV, "self_attn.out_proj", "fc1", "fc2"),
+    norms=("self_attn_layer_norm", "final_layer_norm"),
+    fused=(_QKV,),
+    pairs=(
+        Pair("self_attn_layer_norm", _QKV, "norm", _PRE_NORM),
+        Pair("self_attn.v_proj", ("self_attn.out_proj",), "heads"),
+        Pair("final_layer_norm", ("fc1",), "norm", _PRE_NORM),
+        Pair("fc1", ("fc2",), "rows", (("activation_function", "relu"),)),
+    ),
+    embeddings="model.decoder.embed_tokens",
+    final_norm="model.decoder.final_layer_norm",
 )
 
 ARCHITECTURES = {
@@ -43,6 +87,8 @@ ARCHITECTURES = {
     "qwen2": LLAMA,
     "qwen3": replace(LLAMA, norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm")),
     "smollm3": LLAMA,
+    "gemma": GEMMA,
+    "opt": OPT,
 }
 
 
