@@ -52,6 +52,9 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
+        scheme = self.quantization_config.scheme
+        if any(layer.activations or layer.bias_correction for layer in (scheme.scheme, *scheme.overrides.values())):
+            raise CheckpointError("config.json: W8A8 and bias correction run in vLLM only, not in transformers")
         # transformers reports a failing conversion only after the fact and with a traceback; refuse beforehand
         if checkpoint_files and (defect := next(defects(Path(checkpoint_files[0]).parent), None)):
             raise CheckpointError(str(defect))

@@ -49,7 +49,9 @@ class LayerRow:
         """The scheme in a few characters: 'w4 g64 asym + sparse'."""
         if self.scheme is None:
             return f"as it was: {self.reason}"
-        weights = self.scheme.weights
+        weights, activations = self.scheme.weights, self.scheme.activations
+        if activations:
+            return f"w8a8 {'dynamic' if activations.dynamic else 'static'}"
         group = "row" if weights.group_size == -1 else f"g{weights.group_size}"
         kind = "codebook" if weights.codebook else "sym" if weights.symmetric else "asym"
         return f"w{weights.bits} {group} {kind}" + (" + sparse" if self.scheme.sparse else "")

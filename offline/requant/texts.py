@@ -11,28 +11,28 @@ WIKITEXT2 = "wikitext2"
 
 @dataclass(frozen=True)
 class Text:
-    """``name`` is for people; ``sha256`` of the UTF-8 bytes identifies the content."""
+    """``name`` is for people; ``sha256``, of the file's bytes or of the joined rows, identifies the content."""
 
     name: str
     content: str
-
-    @property
-    def sha256(self) -> str:
-        return sha256(self.content.encode()).hexdigest()
+    sha256: str
 
 
 def read_text(spec: str | Path) -> Text:
-    """'wikitext2' (the raw test split, rows joined by blank lines), or a UTF-8 file. Raises InputError."""
+    """'wikitext2' (the raw test split, rows joined by blank lines as the field does), or a UTF-8 file, without the
+    white space around its whole text. Raises InputError."""
     if str(spec) == WIKITEXT2 and not Path(spec).exists():
-        return Text("WikiText-2 raw test", "\n\n".join(_wikitext2()))
+        joined = "\n\n".join(_wikitext2())
+        return Text("WikiText-2 raw test", joined, sha256(joined.encode()).hexdigest())
     path = Path(spec)
     try:
-        content = path.read_bytes().decode()  # bytes, so that line ends stay as they are
+        raw = path.read_bytes()
+        content = raw.decode()  # not read_text, which would change line ends
     except OSError as error:
         raise InputError(f"{path}: the text can not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return Text(path.name, content)
+    return Text(path.name, content.strip(), sha256(raw).hexdigest())
 
 
 def _wikitext2() -> list[str]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from requant_kernels.errors import CheckpointError
+from requant_kernels.layer import QuantizedLayer, layer_from_tensors
 from requant_kernels.packing import packed_length
 from requant_kernels.scheme import LayerScheme
-from requant_kernels.weight import DenseSparseWeight, tensor_names
+from requant_kernels.weight import tensor_names
 from transformers import PreTrainedConfig
 
 from requant import models
@@ -72,10 +73,11 @@ def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
 def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:
     known = set(expected.others)
     for layer, (scheme, (rows, columns)) in expected.layers.items():
-        packed = (rows, packed_length(columns, scheme.weights.bits))
+        # these two tie the layer to config.json; the others are compared with them when the layer is read
+        shapes = {"weight_packed": (rows, packed_length(columns, scheme.weights.bits)), "weight": (rows, columns)}
         for name in tensor_names(scheme):
             known.add(f"{layer}.{name}")
-            yield from _tensor(stored, f"{layer}.{name}", packed if name == "weight_packed" else None, expected.dtype)
+            yield from _tensor(stored, f"{layer}.{name}", shapes.get(name), expected.dtype)
     for name, shape in expected.others.items():
         yield from _tensor(stored, name, shape, expected.dtype)
     for name in sorted(stored.tensors.keys() - known):
@@ -88,9 +90,8 @@ def _tensor(stored: StoredCheckpoint, name: str, shape: tuple[int, ...] | None, 
         if not stored.defects:  # else it may lie in a file that could not be read
             yield Defect(stored.contents_file, f"{name}: missing")
         return
-    rank = 1 if ".sparse_" in name else 2
-    if shape is None and len(found.shape) != rank:
-        yield Defect(found.file, f"{name}: shape {list(found.shape)}, expected {rank} dimensions")
+    if ".sparse_" in name and len(found.shape) != 1:
+        yield Defect(found.file, f"{name}: shape {list(found.shape)}, expected one dimension")
     elif shape is not None and found.shape != shape:
         yield Defect(found.file, f"{name}: shape {list(found.shape)}, but {list(shape)} by config.json")
     if found.dtype in _FLOATS and found.dtype != dtype:
@@ -112,7 +113,7 @@ def _contents(stored: StoredCheckpoint, expected: Expected, unreadable: set[str]
             yield Defect(stored.tensors[name].file, f"{name}: not finite")
 
 
-def read_layer(stored: StoredCheckpoint, layer: str, scheme: LayerScheme) -> DenseSparseWeight:
+def read_layer(stored: StoredCheckpoint, layer: str, scheme: LayerScheme) -> QuantizedLayer:
     """Raises CheckpointError naming layer and tensor unless it is what the scheme says."""
     tensors = {name: stored.read(f"{layer}.{name}") for name in tensor_names(scheme)}
-    return DenseSparseWeight.from_tensors(scheme, tensors, layer)
+    return layer_from_tensors(scheme, tensors, layer)
