@@ -1,0 +1,49 @@
+"""Tiny random models of every architecture, with norms and biases that are not the trivial ones."""
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+_COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_LLAMA = _COMMON | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+
+CONFIGS = {
+    "llama with grouped queries": LlamaConfig(**_LLAMA),
+    "llama with biases": LlamaConfig(**_LLAMA, attention_bias=True, mlp_bias=True),
+    "llama with tied weights": LlamaConfig(**_LLAMA, tie_word_embeddings=True),
+    "mistral": MistralConfig(**_LLAMA),
+    "qwen2": Qwen2Config(**_LLAMA),
+    "qwen3": Qwen3Config(**_LLAMA),
+    "gemma": GemmaConfig(**_LLAMA),
+    "opt": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="relu"),
+    "opt with gelu": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu"),
+    "opt with norms after": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, do_layer_norm_before=False),
+}
+
+
+def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """fp32, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            else:
+                parameter.mul_(4)  # the default initialisation leaves a model that hardly does anything
+    return model
