@@ -1,0 +1,181 @@
+"""``make aot``: compiles kernels to machine code for GPUs that this machine does not have, and judges the result.
+
+A variant that spills registers, does not fit into shared memory, or lacks the matrix instruction it is meant to use
+fails the run. Nothing here is measured on a GPU: the table says what the compiler made of each configuration.
+
+    python -m requant_kernels.aot                a cover of tiles, bits, kinds and dtypes (CI)
+    python -m requant_kernels.aot --all          every combination that serving can reach (hours)
+    python -m requant_kernels.aot --only few --target 90 --json report.json
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+SOURCES = ("requant_kernels.dense_sparse.triton.variants",)
+NVIDIA = ("80", "89", "90", "100")
+AMD = ("gfx942",)
+SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}  # bytes a program
+MATRIX = {  # instruction -> how machine code shows it
+    "mma": r"\bHMMA\.",
+    "wgmma": r"\bHGMMA\.",
+    "tcgen05": r"\bUTC[HO]MMA",
+    "mfma": r"\bv_mfma_",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation. ``signature``: argument -> triton type; ``constants``: constexpr -> value; ``aligned``: integer
+    arguments that are multiples of 16; ``targets``: target -> matrix instruction expected there ("" for none)."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[str, ...]
+    warps: int
+    stages: int
+    targets: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a variant on a target: ``shared`` in bytes, ``spill`` counts spilling instructions
+    (NVIDIA) or registers (AMD), ``failure`` is empty where all is well."""
+
+    name: str
+    target: str
+    registers: int = 0
+    spill: int = 0
+    shared: int = 0
+    matrix: str = ""
+    seconds: float = 0.0
+    failure: str = ""
+
+
+def source(variant: Variant) -> Any:
+    """The variant as triton's compiler takes it."""
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    aligned = [name for name in names if signature[name].startswith("*") or name in variant.aligned]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attributes)
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(kernel: Any) -> tuple[int, int, str]:
+    """(registers, instructions that spill to local memory, machine code)."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(kernel.asm["cubin"])
+        usage = _run(_tool("cuobjdump"), "-res-usage", str(binary))
+        code = _run(_tool("cuobjdump"), "-sass", str(binary))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers, "cuobjdump of triton's wheel reports otherwise than expected"
+    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", code)), code
+
+
+def _amd(kernel: Any) -> tuple[int, int, str]:
+    code: str = kernel.asm["amdgcn"]
+    found = {key: re.search(rf"\.{key}:\s+(\d+)", code) for key in ("vgpr_count", "vgpr_spill_count")}
+    registers, spills = (int(match[1]) if match else 0 for match in found.values())
+    return registers, spills, code
+
+
+def compile_variant(variant: Variant, target: str) -> Report:
+    """Compiles and judges; a compiler's error becomes the report's failure."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    begun = time.monotonic()
+    gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    try:
+        kernel = triton.compile(source(variant), target=gpu, options=options)
+    except Exception as error:  # whatever the compiler raises is this variant's result
+        last = [line for line in str(error).splitlines() if line.strip()][-1:]
+        return Report(variant.name, target, failure=f"does not compile: {type(error).__name__} {' '.join(last)[:160]}")
+    registers, spill, code = _nvidia(kernel) if target in NVIDIA else _amd(kernel)
+    found = next((name for name, pattern in reversed(MATRIX.items()) if re.search(pattern, code)), "")
+    shared, wanted = kernel.metadata.shared, variant.targets[target]
+    failure = ""
+    if spill:
+        failure = f"spills registers ({spill} times)"
+    elif shared > SHARED_MEMORY[target]:
+        failure = f"needs {shared} bytes of shared memory, {SHARED_MEMORY[target]} are there"
+    elif wanted and found != wanted:
+        failure = f"uses {found or 'no matrix instruction'} instead of {wanted}"
+    return Report(variant.name, target, registers, spill, shared, found, time.monotonic() - begun, failure)
+
+
+@cache
+def variants(everything: bool) -> tuple[Variant, ...]:
+    return tuple(variant for name in SOURCES for variant in import_module(name).variants(everything))
+
+
+def _job(job: tuple[bool, int, str]) -> Report:
+    everything, index, target = job
+    return compile_variant(variants(everything)[index], target)
+
+
+def _jobs(everything: bool, only: str, targets: tuple[str, ...]) -> Iterator[tuple[bool, int, str]]:
+    for index, variant in enumerate(variants(everything)):
+        if only in variant.name:
+            yield from ((everything, index, target) for target in variant.targets if target in targets)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every combination instead of a cover")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--target", action="append", choices=NVIDIA + AMD, help="may be repeated; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path, help="write the reports there")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    jobs = list(_jobs(arguments.all, arguments.only, tuple(arguments.target or NVIDIA + AMD)))
+    print(f"{'target':>7} {'regs':>5} {'spill':>6} {'shared':>7} {'matrix':>8} {'s':>5}  variant")
+    reports = []
+    with get_context("spawn").Pool(arguments.jobs) as pool:
+        for report in pool.imap(_job, jobs):
+            reports.append(report)
+            print(
+                f"{report.target:>7} {report.registers:>5} {report.spill:>6} {report.shared:>7} "
+                f"{report.matrix or '-':>8} {report.seconds:>5.1f}  {report.name}"
+                + (f"   FAILED: {report.failure}" if report.failure else ""),
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    failed = sum(bool(report.failure) for report in reports)
+    print(f"{len(reports)} compiled (no GPU involved), {failed} failed")
+    return 1 if failed or not reports else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+# Triton's language, typed by its own compiler; the arguments of a kernel are positional.
+# mypy: ignore-errors
+# ruff: noqa: PLR0917
+"""Packed words -> weights, in the registers where a tensor core wants them: the helpers that all kernels share.
+
+Shapes: S strips of 16 rows make R = 16 * S rows; KW blocks of columns are decoded side by side, one for each group of
+warps. The words of a block (layout.py, "Strips") are a tuple of BITS int32 tensors [S, KW, 8, 4, 2, 2]. The reshapes
+below only rename registers: on NVIDIA GPUs the order of a strip is that of the A operand of ``mma.m16n8k16``, so
+nothing passes through shared memory between the copy that fetches the words and the matrix instruction.
+
+KIND says what a code means: SYMMETRIC (code - midpoint) * step, ASYMMETRIC (code - zero point) * step, or
+CODEBOOK levels[row][code].
+"""
+
+import triton
+import triton.language as tl
+
+from requant_kernels.dense_sparse.triton import layer
+
+SYMMETRIC, ASYMMETRIC, CODEBOOK = (tl.constexpr(kind) for kind in (layer.SYMMETRIC, layer.ASYMMETRIC, layer.CODEBOOK))
+
+
+@triton.jit
+def load_rows(ptr, stride, COUNT: tl.constexpr):
+    """COUNT (a power of two) loads, ``stride`` apart, as a tuple."""
+    if COUNT == 1:
+        return (tl.load(ptr),)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        return load_rows(ptr, stride, HALF) + load_rows(ptr + HALF * stride, stride, HALF)
+
+
+@triton.jit
+def _word(ptr, S: tl.constexpr, KW: tl.constexpr):
+    return tl.reshape(tl.load(ptr), (S, KW, 8, 4, 2, 2))
+
+
+@triton.jit
+def load_words(ptr, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """The words of one block; ``ptr`` is int32* [S * KW, 128] at the first of its BITS sets."""
+    if BITS == 1:
+        return (_word(ptr, S, KW),)
+    elif BITS == 3:
+        return load_words(ptr, 1, S, KW) + load_words(ptr + 128, 2, S, KW)
+    else:
+        HALF: tl.constexpr = BITS // 2
+        return load_words(ptr, HALF, S, KW) + load_words(ptr + HALF * 128, HALF, S, KW)
+
+
+@triton.jit
+def load_levels(ptr, stride, BITS: tl.constexpr, S: tl.constexpr):
+    """The codebooks of R rows: 2**BITS int32 tensors [S, 1, 8, 1, 1, 2], a level in both halves of each word.
+
+    ptr int32* at the program's first row of a table [2**BITS, stride].
+    """
+    r = tl.arange(0, 16 * S)
+    row = (r // 16) * 16 + (r % 2) * 8 + (r % 16) // 2  # element (s, g, rh) is row 16 s + 8 rh + g
+    words = load_rows(ptr + row, stride, 1 << BITS)
+    levels = ()
+    for code in tl.static_range(1 << BITS):
+        levels = levels + (tl.reshape(words[code], (S, 1, 8, 1, 1, 2)),)  # noqa: RUF005 (triton knows no *)
+    return levels
+
+
+@triton.jit
+def _shift_right(word, BY: tl.constexpr):
+    if BY >= 0:
+        return word >> BY
+    else:
+        return word << (-BY)
+
+
+@triton.jit
+def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr, AT: tl.constexpr):
+    """The two codes of each word that belong to plane PLANE, at bit AT of its low and high half."""
+    if BITS == 3 and PLANE == 15:  # five codes fill 15 bits of a half; the 16th takes the spare bit of three words
+        a = _shift_right(words[0], 15 - AT) & (0x00010001 << AT)
+        b = _shift_right(words[1], 14 - AT) & (0x00020002 << AT)
+        c = _shift_right(words[2], 13 - AT) & (0x00040004 << AT)
+        return a | b | c
+    else:
+        PER: tl.constexpr = 16 // BITS
+        MASK: tl.constexpr = (((1 << BITS) - 1) << AT) * 0x00010001
+        return _shift_right(words[PLANE // PER], (PLANE % PER) * BITS - AT) & MASK
+
+
+@triton.jit
+def _select(levels, masks, BITS: tl.constexpr, FIRST: tl.constexpr):
+    """levels[code] for both halves at once: a binary tree of bitwise selections, one instruction each."""
+    if BITS == 0:
+        return levels[FIRST]
+    else:
+        low = _select(levels, masks, BITS - 1, FIRST)
+        high = _select(levels, masks, BITS - 1, FIRST + (1 << (BITS - 1)))
+        return low ^ ((low ^ high) & masks[BITS - 1])
+
+
+@triton.jit
+def _bit_masks(pair, BITS: tl.constexpr):
+    """Bit i of each half, spread over the half, for i < BITS."""
+    masks = ()
+    for i in tl.static_range(BITS):
+        masks = masks + (((pair >> i) & 0x00010001) * 0xFFFF,)  # noqa: RUF005 (triton knows no *)
+    return masks
+
+
+@triton.jit
+def _halves(pair, DT: tl.constexpr):
+    """int32 [...] -> its 16-bit halves as DT [..., 2]."""
+    low = pair.to(tl.int16).to(DT, bitcast=True)
+    high = (pair >> 16).to(tl.int16).to(DT, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _plane(words, levels, PLANE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """Plane PLANE of a block, [S, KW, 8, 4, 2, 2, 2]: levels, or codes as DT before they are centred.
+
+    A code in the mantissa under a fixed exponent is a float without a conversion: bfloat16 1 + code / 2**BITS,
+    float16 1024 + code. 8 bits do not fit bfloat16's mantissa and take the same way through float32.
+    """
+    if KIND == CODEBOOK:
+        pair = _codes(words, PLANE, BITS, 0)
+        return _halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
+    elif tl.float16 == DT:
+        return _halves(_codes(words, PLANE, BITS, 0) | 0x64006400, DT)
+    elif BITS == 8:
+        pair = _codes(words, PLANE, BITS, 0)
+        codes = tl.join(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
+        return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    else:
+        return _halves(_codes(words, PLANE, BITS, 7 - BITS) | 0x3F803F80, DT)
+
+
+@triton.jit
+def _planes(
+    words, levels, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order."""
+    if COUNT == 1:
+        return _plane(words, levels, FIRST, BITS, KIND, DT)
+    else:
+        even = _planes(words, levels, FIRST, 2 * STEP, COUNT // 2, BITS, KIND, DT)
+        odd = _planes(words, levels, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, KIND, DT)
+        return tl.join(even, odd)
+
+
+@triton.jit
+def tile(
+    words, levels, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values."""
+    p = _planes(words, levels, FIRST, 1, PLANES, BITS, KIND, DT)
+    # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
+    p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
+    p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))
+    return tl.reshape(p, (KW, 16 * S, 16 * PLANES))
+
+
+@triton.jit
+def half_bits(word, HALF: tl.constexpr, DT: tl.constexpr):
+    """16 bits of an int32 word as the DT value that they are."""
+    return (word >> (16 * HALF)).to(tl.int16).to(DT, bitcast=True)
+
+
+@triton.jit
+def group_scale(scales, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """DT [KW, R]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
+    if KIND == ASYMMETRIC:
+        return half_bits(scales[GROUP], 0, DT)
+    else:
+        return half_bits(scales[GROUP // 2], GROUP % 2, DT)
+
+
+@triton.jit
+def centred(
+    values, scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
+):  # fmt: skip
+    """(code - zero point) in units of layout.py's ``unit``, exact in DT: values [KW, R, columns] from ``tile``."""
+    if KIND == ASYMMETRIC:
+        return (values - half_bits(scales[GROUP], 1, DT)[:, :, None]).to(DT)
+    elif tl.float16 == DT:
+        return values - (1024.0 + (1 << (BITS - 1)))
+    elif BITS == 8:
+        return (values - 128.0).to(DT)
+    else:
+        return values - 1.5

@@ -1,0 +1,48 @@
+# Triton's language, typed by its own compiler; the arguments of a kernel are positional.
+# mypy: ignore-errors
+# ruff: noqa: PLR0917
+"""The two small passes around the matrix kernels: x transposed before, partial sums added up after."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["M"])
+def transpose_kernel(x_ptr, xt_ptr, M, K, stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+    """xt [K, stride] = x [M, K]^T, zero in columns M to stride. Grid (stride / TOKENS, ceil(K / COLUMNS))."""
+    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None].to(tl.int64) * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
+    tl.store(xt_ptr + k[:, None].to(tl.int64) * stride + m[None, :], tl.trans(x), mask=tl.trans(inside))
+
+
+@triton.jit(do_not_specialize=["M", "strips", "lists", "splits"], do_not_specialize_on_alignment=["bias_ptr"])
+def reduce_kernel(
+    partial_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, lists, splits,
+    BIAS: tl.constexpr, OVERFLOW: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out DT [M, N] = sums over ``splits`` <= SPLITS of partial fp32 [splits, M, 16 * lists], plus bias.
+
+    With OVERFLOW, lists [strips + overflow[s], strips + overflow[s + 1]) belong to strip s too and are added in that
+    order. Grid (ceil(N / COLUMNS), M). Every sum has one order: the same input gives the same bits.
+    """
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.program_id(1)
+    live = n < N
+    split = tl.arange(0, SPLITS)
+    width = lists * 16
+    at = partial_ptr + (split * M + m).to(tl.int64)[:, None] * width
+    taken = (split < splits)[:, None] & live[None, :]
+    y = tl.sum(tl.load(at + n[None, :], mask=taken, other=0.0), 0)
+    if OVERFLOW:
+        more = tl.load(overflow_ptr + n // 16, mask=live, other=0)
+        end = tl.load(overflow_ptr + n // 16 + 1, mask=live, other=0)
+        for _ in range(tl.max(end - more)):
+            there = taken & (more < end)[None, :]
+            column = (strips + more) * 16 + n % 16
+            y += tl.sum(tl.load(at + column[None, :], mask=there, other=0.0), 0)
+            more += 1
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=live)

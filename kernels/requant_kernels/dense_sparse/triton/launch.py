@@ -1,0 +1,182 @@
+"""From a laid-out layer and a batch of tokens to kernel launches. Imports triton, so only calls import it."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+
+from requant_kernels.dense_sparse.triton.few import few_kernel
+from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer
+from requant_kernels.dense_sparse.triton.many import decode_kernel
+from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
+
+MAX_SPLITS = 16
+REDUCE_COLUMNS = 128
+TRANSPOSE_COLUMNS = 64
+ROW_ALIGNMENT = 128
+
+
+@dataclass(frozen=True)
+class Call:
+    """One application of a layer: x [M, K] contiguous and 16-byte aligned, tensors as ``layer.build`` names them."""
+
+    layer: Layer
+    x: torch.Tensor
+    tensors: list[torch.Tensor]
+    bias: torch.Tensor | None
+    out_features: int
+
+    @property
+    def tokens(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.tensors[0], self.tensors[1]
+
+    @property
+    def sparse(self) -> list[torch.Tensor]:
+        """entries, segments, strip_chunks, bounds, overflow; stand-ins that no kernel reads where there are none."""
+        return self.tensors[2:] if self.layer.sparse else [self.tensors[0]] * 5
+
+    def constants(self) -> dict[str, Any]:
+        layer = self.layer
+        return {"BITS": layer.bits, "GROUP": layer.group, "KIND": layer.kind, "SPARSE": bool(layer.sparse)}
+
+
+@cache
+def column_splits(layer: Layer, tile: Tile, token_tiles: int) -> int:
+    """Programs among which the columns are split so that about ``tile.programs`` run; none of them is idle."""
+    wanted = tile.programs // (layer.lists // tile.strips * token_tiles)
+    steps = -(-layer.blocks // tile.k_warps)
+    share = -(-steps // max(1, min(wanted, steps, MAX_SPLITS)))
+    return -(-steps // share)
+
+
+def run(call: Call, table: Table) -> torch.Tensor:
+    """y [M, N] of x's dtype."""
+    layer = call.layer
+    tile = table.tile(call.tokens, layer.bits, layer.kind == CODEBOOK)
+    if tile is None:
+        return _decode_and_multiply(call, table.decode)
+    token_tiles = -(-call.tokens // tile.tokens)
+    splits = column_splits(layer, tile, token_tiles)
+    if splits == 1 and not layer.overflow:
+        out = call.x.new_empty(call.tokens, call.out_features)
+        _launch(call, tile, token_tiles, splits, out, partial=False)
+        return out
+    shares = call.x.new_empty(splits, call.tokens, 16 * layer.lists, dtype=torch.float32)
+    _launch(call, tile, token_tiles, splits, shares, partial=True)
+    return _reduce(call, shares)
+
+
+def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Tensor, *, partial: bool) -> None:
+    layer = call.layer
+    codes, scales = call.dense
+    entries, segments, _, bounds, _ = call.sparse
+    row_tiles = layer.lists // tile.strips
+    bias = None if partial else call.bias
+    sizes = (
+        call.tokens,
+        call.out_features,
+        layer.in_features,
+        layer.blocks,
+        layer.strips,
+        layer.rows,
+        layer.scale_step,
+    )
+    constants = call.constants() | {
+        "PARTIAL": partial,
+        "BIAS": bias is not None,
+        "TOKENS": tile.tokens,
+        "S": tile.strips,
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    arrays = (out, call.x if bias is None else bias, codes, scales, entries, segments, bounds)
+    if tile.kernel == "few":
+        few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, **constants, **options)
+    else:
+        stride = token_tiles * tile.tokens
+        transposed = _transpose(call.x, stride, tile.tokens) if layer.sparse else call.x
+        middle_kernel[(token_tiles, row_tiles, splits)](
+            call.x, transposed, *arrays, *sizes, stride, **constants, **options
+        )
+
+
+def _transpose(x: torch.Tensor, stride: int, tokens: int) -> torch.Tensor:
+    transposed = x.new_empty(x.shape[1], stride)
+    grid = (stride // tokens, -(-x.shape[1] // TRANSPOSE_COLUMNS))
+    transpose_kernel[grid](x, transposed, *x.shape, stride, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4)
+    return transposed
+
+
+def _reduce(call: Call, shares: torch.Tensor) -> torch.Tensor:
+    layer, splits = call.layer, shares.shape[0]
+    out = call.x.new_empty(call.tokens, call.out_features)
+    reduce_kernel[(-(-call.out_features // REDUCE_COLUMNS), call.tokens)](
+        shares,
+        out,
+        call.x if call.bias is None else call.bias,
+        call.sparse[4],
+        call.tokens,
+        call.out_features,
+        layer.strips,
+        layer.lists,
+        splits,
+        BIAS=call.bias is not None,
+        OVERFLOW=bool(layer.overflow),
+        SPLITS=triton.next_power_of_2(splits),
+        COLUMNS=REDUCE_COLUMNS,
+        num_warps=4,
+    )
+    return out
+
+
+def workspace_rows(layer: Layer, decode: Decode) -> int:
+    """Rows that fit into the workspace, in whole tiles; at least one tile."""
+    fit = decode.workspace_mib * 2**20 // (2 * layer.in_features)
+    return max(ROW_ALIGNMENT, min(fit, layer.rows) // ROW_ALIGNMENT * ROW_ALIGNMENT)
+
+
+def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
+    layer, n = call.layer, call.out_features
+    step = workspace_rows(layer, decode)
+    workspace = call.x.new_empty(min(step, n), layer.in_features)
+    out = call.x.new_empty(call.tokens, n)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        weight = workspace[: stop - start]
+        _decode(call, decode, weight, start)
+        if call.bias is None:
+            torch.mm(call.x, weight.T, out=out[:, start:stop])
+        else:
+            torch.addmm(call.bias[start:stop], call.x, weight.T, out=out[:, start:stop])
+    return out
+
+
+def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> None:
+    layer, rows = call.layer, weight.shape[0]
+    codes, scales = call.dense
+    entries, segments, chunks, *_ = call.sparse
+    decode_kernel[(-(-rows // (16 * decode.strips)),)](
+        weight,
+        codes,
+        scales,
+        entries,
+        segments,
+        chunks,
+        start // 16,
+        rows,
+        layer.in_features,
+        layer.blocks,
+        layer.rows,
+        layer.scale_step,
+        **call.constants(),
+        S=decode.strips,
+        num_warps=decode.warps,
+        num_stages=decode.stages,
+    )

@@ -1,0 +1,73 @@
+# Triton's language, typed by its own compiler; the arguments of a kernel are positional.
+# mypy: ignore-errors
+# ruff: noqa: PLR0917
+"""Many tokens: weights are decoded once, dense and sparse, for the matrix product of the vendor's library."""
+
+import triton
+import triton.language as tl
+
+from requant_kernels.dense_sparse.triton.decode import (
+    ASYMMETRIC,
+    CODEBOOK,
+    centred,
+    group_scale,
+    half_bits,
+    load_levels,
+    load_rows,
+    load_words,
+    tile,
+)
+
+
+@triton.jit(do_not_specialize=["first_strip", "rows", "blocks"])
+def decode_kernel(
+    w_ptr, codes_ptr, scales_ptr, entries_ptr, segments_ptr, chunks_ptr,
+    first_strip, rows, K, blocks, width, scale_step,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SPARSE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """w DT [rows, K] = dense + sparse of ``rows`` rows from strip ``first_strip`` on. Grid (ceil(rows / (16 * S)),).
+
+    A program writes the dense part of its strips, then adds their entries (each its own element) on top.
+    """
+    DT: tl.constexpr = w_ptr.dtype.element_ty
+    SPAN: tl.constexpr = min(GROUP, 128)
+    WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
+    R: tl.constexpr = 16 * S
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    first = first_strip + tl.program_id(0) * S
+    words_at = codes_ptr + ((first + tl.arange(0, S)).to(tl.int64) * blocks)[:, None] * (BITS * 128)
+    words_at += tl.arange(0, 128)[None, :]
+    levels = ()
+    if KIND == CODEBOOK:
+        levels = load_levels(scales_ptr + first * 16, width, BITS, S)
+    for block in range(blocks):
+        words = load_words(words_at, BITS, S, 1)
+        words_at += BITS * 128
+        scales = ()
+        if KIND != CODEBOOK:
+            n = first * 16 + tl.arange(0, R)
+            scales = load_rows(scales_ptr + block * scale_step + n[None, :], width, WORDS)
+        for part in tl.static_range(256 // SPAN):
+            k = block * 256 + part * SPAN + tl.arange(0, SPAN)
+            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT)
+            if KIND != CODEBOOK:
+                w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
+                w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
+            to = w_ptr + row[:, None].to(tl.int64) * K + k[None, :]
+            tl.store(to, tl.reshape(w, (R, SPAN)), mask=(row < rows)[:, None] & (k < K)[None, :])
+    if SPARSE:
+        tl.debug_barrier()  # the entries are added to what other threads of this program have just written
+        for strip in tl.static_range(S):
+            chunk = tl.load(chunks_ptr + first + strip) + tl.arange(0, 16)
+            end = tl.load(chunks_ptr + first + strip + 1)
+            for _ in range(tl.cdiv(end - tl.min(chunk), 16)):
+                live = chunk < end
+                e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
+                column = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
+                r = tl.program_id(0) * R + strip * 16 + ((e >> 12) & 0xF)
+                at = w_ptr + r.to(tl.int64) * K + column
+                used = ((e >> 16) != 0) & (r < rows)
+                dense = tl.load(at, mask=used, other=0.0)
+                total = dense.to(tl.float32) + half_bits(e, 1, DT).to(tl.float32)
+                tl.store(at, total.to(DT), mask=used)
+                chunk += 16

@@ -1,0 +1,134 @@
+"""The dense part's runtime layout: codes in the order in which a warp's registers take them, steps beside them.
+
+Strips. Rows are cut into strips of 16, columns into blocks of 256, both padded. A block of a strip is ``bits`` sets of
+128 words: int32 [strips, blocks, bits, 128] in all, exactly ``bits`` bits a code. Column c of a block is plane c // 16,
+column c % 16 = 8 kh + 2 t + half of it; row r of a strip is 8 rh + g. The code stands in word 16 g + 4 t + 2 kh + rh,
+in its upper 16 bits where half = 1; a half takes 16 // bits planes from the lowest bit up, then the next set follows.
+With 3 bits five planes fill 15 bits of a half and bit i of plane 15 is the sixteenth bit of set i.
+
+Steps. int32 [blocks, words, rows], or one block where a step covers the row. A word holds the 16 bits of two
+consecutive groups' steps, or, asymmetric, of a group's step and its zero point as ``code_value`` gives it. With a
+codebook: int32 [2**bits, rows], a level in both halves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from requant_kernels.packing import unpack
+from requant_kernels.weight import DenseSparseWeight
+
+STRIP = 16
+BLOCK = 256
+SET = 128
+ROW_ALIGNMENT = 128  # the largest tile of rows
+SPARE_BLOCKS = 16  # kernels may copy, never use, as many blocks behind the last one
+ROWS_AT_ONCE = 1024  # bounds the memory of a conversion
+
+
+def padded(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Strips:
+    """codes int32 [strips * blocks + SPARE_BLOCKS, bits, 128] and scales int32 as the module's docstring says."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    strips: int
+    blocks: int
+    group: int  # columns a step covers within a block: 16, 32, 64, 128 or 256
+    scale_step: int  # words from a block's steps to the next block's; 0 where one step covers the row
+
+    @property
+    def rows(self) -> int:
+        return self.strips * STRIP
+
+
+def unit(bits: int, dtype: torch.dtype) -> float:
+    """What one code weighs in the kernels' centred values: bfloat16 reads codes as fractions (decode.py)."""
+    return 2.0**-bits if dtype == torch.bfloat16 and bits < 8 else 1.0
+
+
+def code_value(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The float of ``dtype`` that the kernels read from a code before they centre it."""
+    if dtype == torch.float16:
+        return (codes.float() + 1024.0).to(dtype)
+    return (codes.float() if bits == 8 else 1.0 + codes.float() * unit(bits, dtype)).to(dtype)
+
+
+def _bits16(values: torch.Tensor) -> torch.Tensor:
+    """bfloat16 or float16 -> int32 in [0, 65536): the same bits."""
+    return values.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
+
+
+def pair_words(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Two 16-bit values a word: floats of two bytes [...] -> int32 [...]."""
+    return _bits16(low) | (_bits16(high) << 16)
+
+
+def pack_strips(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [16 * strips, 256 * blocks] -> int32 [strips, blocks, bits, 128]."""
+    strips, blocks = codes.shape[0] // STRIP, codes.shape[1] // BLOCK
+    # strip, rh, g, block, plane, kh, t, half -> plane, strip, block, g, t, kh, rh, half
+    grid = codes.view(strips, 2, 8, blocks, 16, 2, 4, 2).permute(4, 0, 3, 2, 6, 5, 1, 7).to(torch.int32)
+    halves = torch.zeros(bits, *grid.shape[1:], dtype=torch.int32, device=codes.device)
+    per_half = 16 // bits
+    for plane in range(bits * per_half):
+        halves[plane // per_half] |= grid[plane] << (plane % per_half * bits)
+    if bits == 3:
+        for bit in range(bits):
+            halves[bit] |= ((grid[15] >> bit) & 1) << 15
+    words = halves[..., 0] | (halves[..., 1] << 16)
+    return words.permute(1, 2, 0, 3, 4, 5, 6).reshape(strips, blocks, bits, SET)
+
+
+def _codes(weight: DenseSparseWeight, strips: int, blocks: int) -> torch.Tensor:
+    bits = weight.scheme.weights.bits
+    packed = torch.zeros(strips * blocks + SPARE_BLOCKS, bits, SET, dtype=torch.int32, device=weight.packed.device)
+    by_strip = packed[: strips * blocks].view(strips, blocks, bits, SET)
+    for start in range(0, weight.out_features, ROWS_AT_ONCE):
+        codes = unpack(weight.packed[start : start + ROWS_AT_ONCE], bits, weight.in_features)
+        rows = padded(codes.shape[0], STRIP)
+        codes = torch.nn.functional.pad(codes, (0, blocks * BLOCK - codes.shape[1], 0, rows - codes.shape[0]))
+        by_strip[start // STRIP : (start + rows) // STRIP] = pack_strips(codes, bits)
+    return packed
+
+
+def _scale_words(weight: DenseSparseWeight, rows: int, blocks: int, group: int, per_row: bool) -> torch.Tensor:
+    """int32 [blocks, words, rows]; padded rows and groups step by zero."""
+    scheme, dtype = weight.scheme.weights, weight.dtype
+    assert weight.scale is not None
+    groups = 1 if per_row else blocks * (BLOCK // group)
+
+    def grid(values: torch.Tensor) -> torch.Tensor:  # [N, K/g] -> [groups, rows]
+        return torch.nn.functional.pad(values.T, (0, rows - values.shape[0], 0, groups - values.shape[1]))
+
+    steps = grid((weight.scale.float() / unit(scheme.bits, dtype)).to(dtype))
+    zero_points = weight.zero_points()
+    if zero_points is not None:
+        words = pair_words(steps, grid(code_value(zero_points, scheme.bits, dtype)))
+    elif group < BLOCK:
+        words = pair_words(steps[0::2], steps[1::2])
+    else:
+        words = pair_words(steps, steps)
+    return words.view(1 if per_row else blocks, -1, rows).contiguous()
+
+
+def step_group(weight: DenseSparseWeight) -> int:
+    """Columns that one step covers within a block (BLOCK where it covers the row)."""
+    return BLOCK if weight.group_size == weight.in_features else weight.group_size
+
+
+def build_strips(weight: DenseSparseWeight) -> Strips:
+    """The dense part of ``weight``, whose dtype is bfloat16 or float16, on its device."""
+    rows = padded(weight.out_features, ROW_ALIGNMENT)
+    strips, blocks = rows // STRIP, padded(weight.in_features, BLOCK) // BLOCK
+    group, per_row = step_group(weight), weight.group_size == weight.in_features
+    codes = _codes(weight, strips, blocks)
+    if weight.codebook is not None:
+        levels = torch.nn.functional.pad(weight.codebook.T, (0, rows - weight.out_features))
+        return Strips(codes, pair_words(levels, levels), strips, blocks, BLOCK, 0)
+    scales = _scale_words(weight, rows, blocks, group, per_row)
+    return Strips(codes, scales, strips, blocks, group, 0 if per_row else scales.shape[1] * rows)

@@ -1,0 +1,115 @@
+"""Launch configurations as data: one JSON file per kind of GPU says which kernel runs from how many tokens, and how.
+
+Nothing is tuned while serving. ``benchmarks/kernels.py --tune`` measures candidates and writes such a file.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
+
+    ``k_warps`` groups of warps share out the columns (kernel "few"; 1 with "middle"). Columns are split further until
+    about ``programs`` programs run. ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
+    """
+
+    kernel: str
+    up_to: int
+    tokens: int
+    strips: int
+    warps: int
+    stages: int
+    programs: int
+    k_warps: int = 1
+    bits: tuple[int, ...] | None = None
+    codebook: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("few", "middle"):
+            raise ValueError(f"kernel {self.kernel!r} is not 'few' or 'middle'")
+        if self.kernel == "few" and self.tokens < self.up_to:
+            raise ValueError(f"kernel few: {self.tokens} tokens do not hold up_to {self.up_to}")
+        if self.kernel == "middle" and self.k_warps != 1:
+            raise ValueError("kernel middle: k_warps must be 1")
+
+    def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
+        return (
+            tokens <= self.up_to
+            and (self.bits is None or bits in self.bits)
+            and (self.codebook is None or codebook == self.codebook)
+        )
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Beyond every tile: weights are decoded into a workspace of at most ``workspace_mib`` MiB, then multiplied."""
+
+    strips: int
+    warps: int
+    stages: int
+    workspace_mib: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """``names``: parts of the device names it is for; ``source``: where the numbers come from."""
+
+    names: tuple[str, ...]
+    source: str
+    tiles: tuple[Tile, ...]
+    decode: Decode
+
+    def tile(self, tokens: int, bits: int, codebook: bool) -> Tile | None:
+        """The first tile that covers the layer at ``tokens`` tokens; None means decode and multiply."""
+        return next((tile for tile in self.tiles if tile.covers(tokens, bits, codebook)), None)
+
+    def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
+        """Token counts, one for each way in which such a layer can run."""
+        ends = sorted({tile.up_to for tile in self.tiles})
+        counts = [*ends, ends[-1] + 1 if ends else 1]
+        chosen: dict[Tile | None, int] = {}
+        for tokens in counts:
+            chosen.setdefault(self.tile(tokens, bits, codebook), tokens)
+        return tuple(chosen.values())
+
+
+def _tile(data: dict[str, Any]) -> Tile:
+    if unknown := set(data) - {field.name for field in fields(Tile)}:
+        raise ValueError(f"unknown key {min(unknown)!r}")
+    return Tile(**data | ({"bits": tuple(data["bits"])} if data.get("bits") else {}))
+
+
+def parse(data: dict[str, Any]) -> Table:
+    """Raises ValueError or TypeError where the data are no table."""
+    tiles = tuple(_tile(tile) for tile in data["tiles"])
+    return Table(tuple(data["names"]), data["source"], tiles, Decode(**data["decode"]))
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """All shipped tables by file name."""
+    folder = resources.files(__package__).joinpath("configs")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return {file.name.removesuffix(".json"): parse(json.loads(file.read_text())) for file in files}
+
+
+def choose(device_name: str) -> tuple[str, Table]:
+    """The table whose names occur in ``device_name``, else the default one."""
+    for name, table in tables().items():
+        if any(part in device_name for part in table.names):
+            return name, table
+    return DEFAULT, tables()[DEFAULT]
+
+
+@cache
+def table_of(device: torch.device) -> Table:
+    return choose(torch.cuda.get_device_name(device) if device.type == "cuda" else "")[1]

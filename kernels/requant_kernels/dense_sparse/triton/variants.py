@@ -1,0 +1,128 @@
+"""Which compilations serving can reach, for ``make aot``: every table's tiles x layers, or a cover of them."""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import triton.language as tl
+
+from requant_kernels.aot import Variant
+from requant_kernels.dense_sparse.triton.few import few_kernel
+from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
+from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, TRANSPOSE_COLUMNS
+from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, SYMMETRIC
+from requant_kernels.dense_sparse.triton.many import decode_kernel
+from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.table import Decode, Tile, tables
+
+TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
+ACTIVATIONS = ("x_ptr", "xt_ptr", "bias_ptr", "out_ptr", "w_ptr")
+ALIGNED = ("N", "K", "width", "scale_step", "stride")
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
+KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
+GROUPS = (16, 32, 64, 128, 256)
+
+
+def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    """Argument types; constexpr arguments are left out."""
+
+    def kind(name: str) -> str:
+        if name == "partial_ptr" or (name == "out_ptr" and constants.get("PARTIAL")):
+            return "*fp32"
+        if name in ACTIVATIONS:
+            return f"*{dtype}"
+        return "*i32" if name.endswith("_ptr") else "i32"
+
+    return {name: kind(name) for name in kernel.arg_names if name not in constants}
+
+
+def _expected(tile: Tile | None, target: str) -> str:
+    if tile is None:
+        return ""
+    if target == "gfx942":
+        return "mfma"
+    if tile.kernel == "few":
+        return "mma"
+    return {"90": "wgmma", "100": "tcgen05"}.get(target, "mma")
+
+
+def _variant(  # noqa: PLR0917
+    table: str,
+    rule: Tile | Decode,
+    bits: int,
+    group: int,
+    kind: int,
+    dtype: str,
+    sparse: bool = True,
+    partial: bool = False,
+) -> Variant:
+    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "SPARSE": sparse, "S": rule.strips}
+    tile = rule if isinstance(rule, Tile) else None
+    kernel, label = decode_kernel, "decode"
+    if tile:
+        kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
+        label += f" m{tile.tokens}"
+        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
+        if kernel is few_kernel:
+            constants["KW"] = tile.k_warps
+    name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
+    name += (" sparse" if sparse else " dense") + (" partial" if partial else "")
+    targets = {target: _expected(tile, target) for target in TARGETS[table]}
+    signature = _signature(kernel, dtype, constants)
+    return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
+
+
+def _layers() -> Iterator[tuple[int, int, int]]:
+    """(bits, group, kind) of every layer that there is."""
+    for bits in (2, 3, 4, 8):
+        yield from product((bits,), GROUPS, (SYMMETRIC, ASYMMETRIC))
+        if bits < 8:
+            yield bits, 256, CODEBOOK
+
+
+def _every() -> Iterator[Variant]:
+    for name, table in tables().items():
+        for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
+            used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
+            for tile, partial in product(used, (True, False)):
+                yield _variant(name, tile, bits, group, kind, dtype, sparse, partial)
+            yield _variant(name, table.decode, bits, group, kind, dtype, sparse)
+
+
+def _cover() -> Iterator[Variant]:
+    """Every tile of every table once at W4 g128; then the layers that differ in code, on one table and few tiles."""
+    for name, table in tables().items():
+        for tile in table.tiles:
+            kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
+            yield _variant(name, tile, tile.bits[0] if tile.bits else 4, group, kind, "bf16")
+    hopper = tables()["h200"]
+    one, eight, sixty_four, most = (hopper.tile(tokens, 4, False) for tokens in (1, 8, 64, 128))
+    assert one
+    assert eight
+    assert sixty_four
+    assert most
+    for bits, group, kind in ((2, 128, SYMMETRIC), (3, 128, SYMMETRIC), (4, 32, ASYMMETRIC), (4, 256, CODEBOOK)):
+        yield _variant("h200", one, bits, group, kind, "bf16")
+        yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
+    yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
+    yield _variant("h200", eight, 8, 16, ASYMMETRIC, "fp16", partial=True)
+    yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", partial=True)
+    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", partial=True)
+    yield _variant("h200", most, 8, 128, ASYMMETRIC, "bf16")
+    yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
+    yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
+
+
+def _fixups() -> Iterator[Variant]:
+    targets = dict.fromkeys(("80", "90", "100", "gfx942"), "")
+    reduce = {"BIAS": True, "OVERFLOW": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS}
+    signature = _signature(reduce_kernel, "bf16", reduce)
+    yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
+    transpose = {"TOKENS": 64, "COLUMNS": TRANSPOSE_COLUMNS}
+    signature = _signature(transpose_kernel, "bf16", transpose)
+    yield Variant("transpose m64", transpose_kernel, signature, transpose, ("K", "stride"), 4, 3, targets)
+
+
+def variants(everything: bool) -> Iterator[Variant]:
+    yield from _every() if everything else _cover()
+    yield from _fixups()
