@@ -18,7 +18,7 @@ from requant.errors import InputError
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)  # so that unfinished folders are removed
+    previous = signal.signal(signal.SIGTERM, _terminate)  # so that unfinished folders are removed
     try:
         return int(arguments.run(arguments) or 0)
     except (InputError, SchemeError, CheckpointError) as error:
@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     print(f"error: {line}", file=sys.stderr)
     return 1
 

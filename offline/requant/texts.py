@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 
 from requant.errors import InputError
@@ -19,20 +20,20 @@ class Text:
 
 
 def read_text(spec: str | Path) -> Text:
-    """'wikitext2' (the raw test split, rows joined by blank lines as the field does), or a UTF-8 file, without the
-    white space around its whole text. Raises InputError."""
+    """'wikitext2' (the raw test split, rows joined by blank lines as the field does), or a UTF-8 file, read whole with
+    every line end as \\n. Raises InputError."""
     if str(spec) == WIKITEXT2 and not Path(spec).exists():
         joined = "\n\n".join(_wikitext2())
         return Text("WikiText-2 raw test", joined, sha256(joined.encode()).hexdigest())
     path = Path(spec)
     try:
         raw = path.read_bytes()
-        content = raw.decode()  # not read_text, which would change line ends
+        content = StringIO(raw.decode(), newline=None).read()
     except OSError as error:
         raise InputError(f"{path}: the text can not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return Text(path.name, content.strip(), sha256(raw).hexdigest())
+    return Text(path.name, content, sha256(raw).hexdigest())
 
 
 def _wikitext2() -> list[str]:

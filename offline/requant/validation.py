@@ -10,7 +10,7 @@ from requant_kernels.layer import QuantizedLayer, layer_from_tensors
 from requant_kernels.packing import packed_length
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from requant import models
 from requant.errors import InputError
@@ -28,7 +28,7 @@ class Expected:
     """What config.json promises: (scheme, [N, K]) of each quantized layer, the shapes of all other tensors, and
     the dtype of every floating-point tensor as safetensors spells it."""
 
-    config: PreTrainedConfig
+    skeleton: PreTrainedModel
     layers: dict[str, tuple[LayerScheme, tuple[int, int]]]
     others: dict[str, tuple[int, ...]]
     dtype: str
@@ -39,14 +39,13 @@ class Expected:
         architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
         if stored.dtype not in _SPELLING:
             raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
-        config = auto_config(resolve(stored.folder))
-        model = models.skeleton(config)
+        model = models.skeleton(auto_config(resolve(stored.folder)))
         others, layers = models.stored_shapes(model, architecture), {}
         for name, linear in models.linears(model, architecture).items():
             if scheme := stored.scheme.for_layer(name):
                 layers[name] = (scheme, (linear.out_features, linear.in_features))
                 del others[f"{name}.weight"]
-        return cls(config, layers, others, _SPELLING[stored.dtype])
+        return cls(model, layers, others, _SPELLING[stored.dtype])
 
 
 def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
@@ -59,10 +58,10 @@ def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
         yield Defect("config.json", str(error).removeprefix("config.json: "))
         return
     yield from stored.defects
-    for line in split_fused(stored.scheme, expected.config):
+    for line in split_fused(stored.scheme, expected.skeleton.config):
         yield Defect("config.json", line)
     for degree in degrees:
-        for line in obstacles(expected.config, degree):
+        for line in obstacles(expected.skeleton, degree):
             yield Defect("config.json", line)
     structural = list(_structure(stored, expected))
     yield from structural

@@ -1,0 +1,66 @@
+"""Tiny random models of every supported architecture, and the checkpoints made from them once a session."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from requant import api
+from requant.recipe import Recipe
+from requant_kernels.scheme import WeightScheme
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Callable[..., Path]:
+    """tiny("qwen2", tie_word_embeddings=True) -> the folder of a random bf16 model."""
+
+    def make(model_type: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
+        folder = tmp_path_factory.mktemp("models") / model_type
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(model_type, **SMALL | changes)
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama(tiny) -> Path:
+    """An untied tiny Llama; never written to."""
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def quantized(llama, tmp_path_factory) -> Path:
+    """Its checkpoint: 4 bit, group 32, asymmetric, 2 % sparse, in several shards; never written to."""
+    out = tmp_path_factory.mktemp("checkpoints") / "llama-w4"
+    recipe = Recipe(WeightScheme(4, 32, symmetric=False), outliers=0.02)
+    api.quantize(llama, out, recipe, max_shard_size="40KB")
+    return out
+
+
+@pytest.fixture
+def checkpoint(quantized, tmp_path) -> Path:
+    """A copy of it to tamper with."""
+    return Path(shutil.copytree(quantized, tmp_path / "checkpoint"))
