@@ -15,11 +15,5 @@ def register() -> None:
     from vllm_requant.config import RequantConfig
 
     register_quantization_config(QUANT_METHOD)(RequantConfig)
-    _log_where_vllm_logs()
-
-
-def _log_where_vllm_logs() -> None:
-    ours, theirs = logging.getLogger("requant_kernels"), logging.getLogger("vllm")
-    ours.setLevel(theirs.level)
-    for handler in theirs.handlers:
-        ours.addHandler(handler)
+    # vLLM configures its own logger only, and later than this: our lines follow it wherever it writes.
+    logging.getLogger("requant_kernels").parent = logging.getLogger("vllm")

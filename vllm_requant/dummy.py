@@ -36,6 +36,7 @@ def dummy_weight(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtyp
         zero_point=None if weights.symmetric else words(groups),
         codebook=filled(weights.levels) if weights.codebook else None,
         sparse=_even_entries(rows, columns, dtype) if scheme.sparse else None,
+        bias_correction=torch.zeros(rows, dtype=dtype) if scheme.bias_correction else None,
     )
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import requant_kernels.ops  # noqa: F401 (registers the operator)
 import torch
 from requant_kernels.dense_sparse import dispatch
+from requant_kernels.ops import dense_sparse_linear
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 from vllm.config import get_current_vllm_config
@@ -44,30 +44,36 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
         row_parallel = isinstance(layer, RowParallelLinear)
         index = LocalIndex(layer, self._shape, row_parallel, extra_weight_attrs["weight_loader"])
-        self._loader = LayerLoader(self.names, self.scheme, index, lambda weight: self._finish(layer, weight))
+        self._loader = LayerLoader(self.names, self.scheme, index, self._prepare)
         for name in TENSORS:
             layer.register_parameter(name, self._loader.placeholder(name, params_dtype))
 
-    def _finish(self, layer: torch.nn.Module, weight: DenseSparseWeight) -> None:
-        """The runtime layout takes the place of the empty parameters."""
-        prepared = dispatch.prepare(weight, self._dtype, self._device)
-        for name in TENSORS:
-            delattr(layer, name)
-        for name, tensor in prepared.tensors.items():
-            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        # Plain attributes, because torch.compile reads them for each layer.
-        self._tensors, self._meta = tuple(prepared.tensors), list(prepared.meta)
-        self._implementation, self._out_features = prepared.implementation, prepared.out_features
+    def _prepare(self, weight: DenseSparseWeight) -> None:
+        self._prepared = dispatch.prepare(weight, self._dtype, self._device)
+        self._correction = weight.bias_correction
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory."""
-        if self._dummy:
-            self._finish(layer, dummy_weight(self.scheme, *self._shape, self._dtype))
-        else:
-            self._loader.check_complete()
+        """Puts the runtime layout in the place of the empty parameters.
+
+        Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
+        """
+        self._finish_loading()
+        runtime = dict(self._prepared.tensors)
+        if self._correction is not None:
+            runtime["bias_correction"] = self._correction.to(self._device, self._dtype)
+        for name in TENSORS:
+            delattr(layer, name)
+        for name, tensor in runtime.items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        # Plain attributes, because torch.compile reads them.
+        self._tensors, self._meta = tuple(self._prepared.tensors), list(self._prepared.meta)
+        self._implementation, self._out_features = self._prepared.implementation, self._prepared.out_features
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N], both as they lie on this rank."""
+        if self.scheme.bias_correction:
+            correction: torch.Tensor = layer.bias_correction  # type: ignore[assignment]
+            bias = correction if bias is None else bias + correction
         return torch.ops.requant.dense_sparse_linear.default(
             x,
             [getattr(layer, name) for name in self._tensors],
@@ -78,7 +84,17 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
-        """W [N, K] in the dtype of the activations, for vLLM's online quantization: (I W^T)^T, whatever the layout."""
-        self._loader.check_complete()
+        """W [N, K] in the dtype of the activations, whatever the layout: (I W^T)^T.
+
+        vLLM's online quantization asks for it instead of processing.
+        """
+        self._finish_loading()
         unit = torch.eye(self._shape[1], dtype=self._dtype, device=self._device)
-        return torch.cat([self.apply(layer, rows) for rows in torch.split(unit, UNIT_ROWS)]).T.contiguous()
+        columns = [dense_sparse_linear(rows, self._prepared) for rows in torch.split(unit, UNIT_ROWS)]
+        return torch.cat(columns).T.contiguous()
+
+    def _finish_loading(self) -> None:
+        if self._dummy:
+            self._prepare(dummy_weight(self.scheme, *self._shape, self._dtype))
+        else:
+            self._loader.check_complete()

@@ -24,6 +24,7 @@ TENSORS = {
     "sparse_row_offsets": torch.int32,
     "sparse_columns": torch.uint16,
     "sparse_values": None,
+    "bias_correction": None,
     "weight": None,
 }
 

@@ -27,7 +27,10 @@ def choose(config: LayerConfig) -> tuple[Implementation, tuple[str, ...]]:
 
 
 def prepare(weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device) -> Prepared:
-    """The runtime layout of ``weight`` for activations of ``dtype`` on ``device``."""
+    """The runtime layout of ``weight`` for activations of ``dtype`` on ``device``.
+
+    Its bias correction is left to the caller: a bias like any other.
+    """
     config = LayerConfig.of(weight, dtype, device)
     implementation, refusals = choose(config)
     _log_once(_kind(config), implementation.name, refusals)

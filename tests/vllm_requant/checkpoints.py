@@ -1,0 +1,108 @@
+"""Small checkpoints with any mixture of schemes, and what they decode to; random, so that no detail can hide."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import CheckpointScheme
+from requant_kernels.weight import DenseSparseWeight
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from tests.kernels.strategies import random_weight
+
+# Six heads of 32: two and three ranks divide them, and cut groups of 64 and 128 columns in the middle.
+_SIZES = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 384}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_COMMON = _SIZES | _TOKENS | {"max_position_embeddings": 256, "tie_word_embeddings": False}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_COMMON, num_key_value_heads=2, intermediate_size=384),
+    # biases of q, k, v; one key/value head, which every rank must get
+    "qwen2": Qwen2Config(**_COMMON, num_key_value_heads=1, intermediate_size=384),
+    # q, k, v and gate, up are fused in the file already
+    "phi3": Phi3Config(**_COMMON, num_key_value_heads=2, intermediate_size=384),
+    # biases everywhere, plain column-parallel layers
+    "opt": OPTConfig(**_COMMON, ffn_dim=384, word_embed_proj_dim=192),
+}
+
+
+def random_model(kind: str, folder: Path) -> Path:
+    """A small random model as an ordinary folder, without tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
+    for parameter in model.parameters():  # biases and norms are trivial otherwise
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def quantize(source: Path, out: Path, scheme: CheckpointScheme) -> Path:
+    """``source`` with random quantized weights, small enough for stable activations, in every linear layer."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {}
+    for seed, (name, tensor) in enumerate(sorted(load_file(source / "model.safetensors").items())):
+        layer = scheme.for_layer(name.removesuffix(".weight"))
+        if "layers" not in name or tensor.dim() != 2 or layer is None:
+            tensors[name] = tensor
+            continue
+        weight = random_weight(layer, tuple(tensor.shape), dtype=torch.bfloat16, seed=seed)
+        for part, value in weight.to_tensors().items():
+            shrinks = part in ("weight_scale", "weight_codebook", "sparse_values", "bias_correction")
+            tensors[name.removesuffix("weight") + part] = value / 16 if shrinks else value
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = scheme.to_dict()
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
+    """The ordinary float32 model that ``checkpoint`` stands for, by the reference; written to ``folder`` on the way."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    scheme = CheckpointScheme.from_dict(config.pop("quantization_config"))
+    tensors, layers = {}, {}
+    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+        layer, _, part = name.rpartition(".")
+        if part in ("weight", "bias") or scheme.for_layer(layer) is None:
+            tensors[name] = tensor.float()
+        else:
+            layers.setdefault(layer, {})[part] = tensor
+    weights = {
+        name: DenseSparseWeight.from_tensors(scheme.for_layer(name), parts, name) for name, parts in layers.items()
+    }
+    tensors |= {f"{name}.weight": dequantize(weight) for name, weight in weights.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, weight in weights.items():
+        if weight.bias_correction is not None:
+            _add_to_output(model.get_submodule(name), weight.bias_correction.float())
+    return model
+
+
+def _add_to_output(module: torch.nn.Module, vector: torch.Tensor) -> None:
+    module.register_forward_hook(lambda module, inputs, output: output + vector)
+
+
+def edit(checkpoint: Path, out: Path, change) -> Path:
+    """A copy whose tensors (and whose config, both as dicts) ``change(tensors, config)`` has altered in place."""
+    shutil.copytree(checkpoint, out)
+    tensors = load_file(checkpoint / "model.safetensors")
+    config = json.loads((checkpoint / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config))
+    return out

@@ -1,0 +1,132 @@
+"""quantization_config -> a method for every layer, or one line that says why not."""
+
+import pytest
+import torch
+from requant_kernels.errors import SchemeError
+from requant_kernels.scheme import CheckpointScheme, LayerScheme, WeightScheme
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_requant import names
+from vllm_requant.config import RequantConfig
+from vllm_requant.linear import DenseSparseLinearMethod
+
+W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
+QKV, BLOCK = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn"
+
+
+def config(**arguments) -> RequantConfig:
+    result = RequantConfig.from_config(CheckpointScheme(W4, **arguments).to_dict())
+    result.packed_modules_mapping.update(LlamaForCausalLM.packed_modules_mapping)
+    return result
+
+
+def layer(kind: type[torch.nn.Module]) -> torch.nn.Module:
+    """An instance that has a type and nothing else: all that a config may look at."""
+    return kind.__new__(kind)
+
+
+def test_the_default_scheme_reaches_a_fused_layer_with_the_names_of_its_parts():
+    method = config().get_quant_method(layer(QKVParallelLinear), QKV)
+    assert isinstance(method, DenseSparseLinearMethod)
+    assert method.scheme == W4
+    assert method.names == [f"{BLOCK}.q_proj", f"{BLOCK}.k_proj", f"{BLOCK}.v_proj"]
+
+
+def test_an_override_reaches_a_plain_layer():
+    method = config(overrides={r".*o_proj": W3}).get_quant_method(layer(ColumnParallelLinear), f"{BLOCK}.o_proj")
+    assert method.scheme == W3
+
+
+def test_an_ignored_layer_is_unquantized_and_other_modules_are_none_of_our_business():
+    some = config(ignore=(r".*[qkv]_proj", "lm_head"))
+    assert isinstance(some.get_quant_method(layer(QKVParallelLinear), QKV), UnquantizedLinearMethod)
+    assert some.get_quant_method(layer(ParallelLMHead), "lm_head") is None
+    assert some.get_quant_method(layer(VocabParallelEmbedding), "model.embed_tokens") is None
+    assert some.get_quant_method(torch.nn.Module(), "model.norm") is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"ignore": (r".*k_proj",)}, {"overrides": {r".*k_proj": W3}}],
+    ids=["partly ignored", "of two schemes"],
+)
+def test_fused_layers_that_differ_are_refused_by_name(arguments):
+    with pytest.raises(SchemeError, match=rf"^{QKV}: vLLM fuses {BLOCK}.q_proj and {BLOCK}.k_proj"):
+        config(**arguments).get_quant_method(layer(QKVParallelLinear), QKV)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(ParallelLMHead, "lm_head"), (RoutedExperts, "model.layers.0.mlp.experts")], ids=str
+)
+def test_what_cannot_be_served_is_refused_by_name(kind, name):
+    with pytest.raises(SchemeError, match=f"^{name}: .* can not be served"):
+        config().get_quant_method(layer(kind), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version: 2 is not 1"),
+        ({"shiny": True}, "unknown key 'shiny'"),
+        ({"scheme": {"weights": {"bits": 5}}}, "bits: 5"),
+    ],
+    ids=["version", "key", "bits"],
+)
+def test_a_configuration_that_is_not_understood_is_refused(change, message):
+    with pytest.raises(SchemeError, match=message):
+        RequantConfig.from_config(CheckpointScheme(W4).to_dict() | change)
+
+
+def test_an_untested_vllm_is_refused_when_a_checkpoint_is_opened(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=r"refuses vLLM 0\.99\.0"):
+        RequantConfig.from_config(CheckpointScheme(W4).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("mapper", "served", "stored"),
+    [
+        (WeightsMapper(), "model.layers.0.fc1", ["model.layers.0.fc1"]),
+        (
+            WeightsMapper(orig_to_new_prefix={"decoder.": "model.decoder."}),
+            "model.decoder.layers.0.fc1",
+            ["model.decoder.layers.0.fc1", "decoder.layers.0.fc1"],
+        ),
+        (
+            WeightsMapper(orig_to_new_prefix={"model.language_model.": "language_model.model."}),
+            "language_model.model.layers.0.fc1",
+            ["language_model.model.layers.0.fc1", "model.language_model.layers.0.fc1"],
+        ),
+        (
+            WeightsMapper(orig_to_new_substr={".attention.": ".self_attn."}),
+            "model.layers.0.self_attn.o_proj",
+            ["model.layers.0.self_attn.o_proj", "model.layers.0.attention.o_proj"],
+        ),
+    ],
+    ids=["same", "prefix", "other prefix", "substring"],
+)
+def test_renamed_layers_are_traced_to_the_checkpoint(mapper, served, stored):
+    assert names.original_names(served, [mapper]) == stored
+
+
+def test_of_several_possible_names_the_one_that_the_scheme_speaks_of_counts():
+    mapper = WeightsMapper(orig_to_new_prefix={"decoder.": "model.decoder."})
+    for spoken in ("decoder.layers.0.fc1", "model.decoder.layers.0.fc1"):
+        scheme = CheckpointScheme(W4, overrides={spoken: W3})
+        assert names.scheme_of("model.decoder.layers.0.fc1", scheme, [mapper]) == W3
+        scheme = CheckpointScheme(W4, ignore=(spoken,))
+        assert names.scheme_of("model.decoder.layers.0.fc1", scheme, [mapper]) is None
+
+
+def test_a_name_that_cannot_be_traced_is_refused():
+    mapper = WeightsMapper(orig_to_new_suffix={"fc1": "up_proj"}, orig_to_new_substr={"up_proj": "gate"})
+    with pytest.raises(SchemeError, match=r"^model\.layers\.0\.up_proj: vLLM renames this layer"):
+        names.original_names("model.layers.0.up_proj", [mapper])

@@ -1,0 +1,206 @@
+"""Real layers of vLLM, loaded tensor by tensor as vLLM's model loader does, without a model around them."""
+
+import pytest
+import torch
+from requant_kernels import reference
+from requant_kernels.errors import CheckpointError
+from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.weight import DenseSparseWeight
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from tests.kernels.strategies import random_weight
+from vllm_requant.linear import DenseSparseLinearMethod
+
+pytestmark = pytest.mark.usefixtures("vllm_state")
+
+SCHEME = LayerScheme(WeightScheme(4, 64, symmetric=False), SparseScheme())
+K = 192
+
+
+class OneMethod(QuantizationConfig):
+    """The configuration of a model that has a single quantized layer."""
+
+    get_name = get_supported_act_dtypes = get_min_capability = get_config_filenames = from_config = None
+
+    def __init__(self, scheme: LayerScheme, names: list[str]) -> None:
+        super().__init__()
+        self.method = DenseSparseLinearMethod(scheme, names)
+
+    def get_quant_method(self, layer, prefix):
+        return self.method
+
+
+def build(kind: type[LinearBase], *sizes, names=("m.fc",), scheme=SCHEME, dtype=torch.float32, **more) -> LinearBase:
+    more = {"bias": False, "return_bias": False, "params_dtype": dtype} | more
+    return kind(*sizes, quant_config=OneMethod(scheme, list(names)), prefix="m", **more)
+
+
+def load(layer: LinearBase, weight: DenseSparseWeight, *shard, without=(), changed=()) -> None:
+    for name, tensor in (weight.to_tensors() | dict(changed)).items():
+        if name not in without:
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, tensor, *shard)
+
+
+def stored(rows: int, seed: int = 0, columns: int = K, scheme: LayerScheme = SCHEME) -> DenseSparseWeight:
+    return random_weight(scheme, (rows, columns), seed=seed)
+
+
+def assert_computes(layer: LinearBase, *weights: DenseSparseWeight) -> None:
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, weights[0].in_features)
+    expected = torch.cat([reference.dense_sparse_linear(x, weight) for weight in weights], -1)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [ReplicatedLinear, ColumnParallelLinear, RowParallelLinear])
+def test_a_plain_layer(kind):
+    layer, weight = build(kind, K, 96), stored(96)
+    load(layer, weight)
+    assert_computes(layer, weight)
+
+
+def test_merged_layers_in_any_order():
+    layer, parts = build(MergedColumnParallelLinear, K, [96, 64], names=("m.gate", "m.up")), (stored(96), stored(64, 1))
+    load(layer, parts[1], 1)
+    load(layer, parts[0], 0)
+    assert_computes(layer, *parts)
+
+
+def test_query_key_value():
+    layer = build(QKVParallelLinear, K, 32, 4, 2, names=("m.q", "m.k", "m.v"))
+    parts = stored(128), stored(64, 1), stored(64, 2)
+    for shard, part in zip("vqk", (parts[2], parts[0], parts[1]), strict=True):
+        load(layer, part, shard)
+    assert_computes(layer, *parts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [(MergedColumnParallelLinear, (K, [96, 64])), (QKVParallelLinear, (K, 32, 3, 1))], ids=str
+)
+def test_layers_that_are_fused_in_the_file_already(kind, sizes):
+    layer, weight = build(kind, *sizes), stored(160)
+    load(layer, weight)
+    assert_computes(layer, weight)
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 3), (1, 3), (2, 3)])
+def test_a_rank_takes_its_rows(rank, ranks):
+    layer, weight = build(ColumnParallelLinear, K, 96, tp_rank=rank, tp_size=ranks), stored(96)
+    load(layer, weight)
+    assert_computes(layer, weight.take_rows(torch.arange(32 * rank, 32 * (rank + 1))))
+
+
+def test_a_bias_correction_is_a_bias_beside_the_models():
+    scheme = LayerScheme(WeightScheme(4, 64), None, bias_correction=True)
+    layer, weight = build(ReplicatedLinear, K, 96, scheme=scheme, bias=True), stored(96, scheme=scheme)
+    layer.bias.data.fill_(0.5)
+    load(layer, weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(2, K)
+    expected = reference.dense_sparse_linear(x, weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_weight_can_be_had_back(dtype):
+    layer, weight = build(ReplicatedLinear, K, 96, dtype=dtype), stored(96)
+    load(layer, weight)
+    method, expected, tolerance = layer.quant_method, reference.dequantize(weight), 2 * torch.finfo(dtype).eps
+    instead_of_processing = method.dequantize_weight(layer)
+    method.process_weights_after_loading(layer)
+    for decoded in (instead_of_processing, method.dequantize_weight(layer)):
+        torch.testing.assert_close(decoded.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_other_parts_of_vllm_look_for_stays_on_the_layer(dtype):
+    layer = build(ReplicatedLinear, K, 96, dtype=dtype)
+    load(layer, stored(96))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert any(hasattr(layer, name) for name in ("weight", "weight_packed", "qweight"))
+    assert all(parameter.numel() for parameter in layer.parameters())
+
+
+def test_dummy_weights_need_no_checkpoint(monkeypatch):
+    monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
+    for weights in (WeightScheme(4, 64, symmetric=False), WeightScheme(3, codebook=True)):
+        for bias_correction in (False, True):
+            scheme = LayerScheme(weights, SparseScheme(), bias_correction=bias_correction)
+            layer = build(RowParallelLinear, K, 96, scheme=scheme)
+            layer.quant_method.process_weights_after_loading(layer)
+            y = layer(torch.ones(2, K))
+            assert y.shape == (2, 96)
+            assert torch.isfinite(y).all()
+
+
+@pytest.mark.parametrize("missing", list(stored(96).to_tensors()))
+def test_a_missing_tensor_is_named(missing):
+    layer = build(ReplicatedLinear, K, 96)
+    load(layer, stored(96), without=(missing,))
+    with pytest.raises(CheckpointError, match=rf"^m\.fc\.{missing}: missing in the checkpoint$"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_a_missing_part_of_a_fused_layer_is_named():
+    layer = build(QKVParallelLinear, K, 32, 4, 2, names=("m.q", "m.k", "m.v"))
+    load(layer, stored(128), "q")
+    load(layer, stored(64), "v")
+    with pytest.raises(CheckpointError, match=r"^m\.k\.weight_packed: missing"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.zeros(96, K)}, r"m\.fc\.weight: stored unquantized"),
+        ({"weight_codebook": torch.zeros(96, 16)}, r"m\.fc\.weight_codebook: not expected"),
+        ({"sparse_row_offsets": torch.zeros(97, dtype=torch.int32)}, r"m\.fc\.sparse_row_offsets: not monotone"),
+        ({"weight_scale": torch.full((96, 3), float("nan"))}, r"m\.fc\.weight_scale: not finite"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_tensor_is_refused_by_name(changed, message):
+    layer = build(ReplicatedLinear, K, 96)
+    with pytest.raises(CheckpointError, match=f"^{message}"):
+        load(layer, stored(96), changed=changed)
+
+
+def test_a_tensor_that_comes_twice_is_refused():
+    layer = build(MergedColumnParallelLinear, K, [96, 96], names=("m.gate", "m.up"))
+    load(layer, stored(96), 0)
+    with pytest.raises(CheckpointError, match=r"^m\.gate\.weight_packed: loaded twice"):
+        load(layer, stored(96), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight"),
+    [
+        (ReplicatedLinear, stored(95)),
+        (ReplicatedLinear, stored(96, columns=128)),
+        (ColumnParallelLinear, stored(97)),
+        (ColumnParallelLinear, stored(96, columns=256)),
+        (RowParallelLinear, stored(95)),
+        (RowParallelLinear, stored(96, columns=128)),
+        (RowParallelLinear, stored(96, columns=256)),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else f"{value.out_features}x{value.in_features}",
+)
+def test_a_layer_of_another_shape_is_refused_by_name(kind, weight):
+    with pytest.raises(CheckpointError, match=r"^m\.fc: has \d+ (rows|columns), "):
+        load(build(kind, K, 96), weight)
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(2, 99), (2, 192), (0, 30)])
+def test_a_rank_notices_that_its_share_is_not_the_models(rank, rows):
+    with pytest.raises(CheckpointError, match=rf"^m\.fc: has {rows} rows, which do not fit"):
+        load(build(ColumnParallelLinear, K, 96, tp_rank=rank, tp_size=3), stored(rows))
