@@ -1,0 +1,64 @@
+"""Triton's interpreter keeps bfloat16 as raw 16 bits and computes on them; importing this makes it compute the numbers.
+
+For tests only. Casts round to nearest even; products and sums are those of float32, rounded once, as on a GPU.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
+
+
+def widened(handle: TensorHandle) -> TensorHandle:
+    """The same numbers as float32."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+    return TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def narrowed(values: np.ndarray) -> TensorHandle:
+    """Rounded to bfloat16, half to even."""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+
+def repaired_cast(original: Callable[..., Any]) -> Callable[..., Any]:
+    def cast(self: InterpreterBuilder, handle: TensorHandle, target: Any) -> Any:
+        to = target.scalar
+        if handle.dtype.scalar == to:
+            return original(self, handle, target)
+        handle = widened(handle)
+        if to == tl.bfloat16:
+            return narrowed(handle.data.astype(np.float32))
+        return handle if handle.dtype.scalar == to else original(self, handle, target)
+
+    return cast
+
+
+def repaired_dot(original: Callable[..., Any]) -> Callable[..., Any]:
+    def dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any, **named: Any) -> Any:
+        return original(self, widened(a), widened(b), *rest, **named)
+
+    return dot
+
+
+def repaired_binary(original: Callable[..., Any]) -> Callable[..., Any]:
+    def binary(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, operation: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16 or b.dtype.scalar != tl.bfloat16:
+            return original(self, a, b, operation)
+        result = operation(widened(a).data, widened(b).data)
+        return TensorHandle(result, tl.int1) if operation in COMPARISONS else narrowed(result)
+
+    return binary
+
+
+InterpreterBuilder.cast_impl = repaired_cast(InterpreterBuilder.cast_impl)
+InterpreterBuilder.create_dot = repaired_dot(InterpreterBuilder.create_dot)
+InterpreterBuilder.binary_op = repaired_binary(InterpreterBuilder.binary_op)

@@ -1,0 +1,96 @@
+"""The kernels against float64: interpreted everywhere, and the same grid on a GPU where there is one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.triton.cases import FEW, MIDDLE, Case, check
+from tests.kernels.triton.conftest import poison_new_tensors
+
+SPLIT = 64  # programs: enough to split the columns of every case
+ONE_STRIP = replace(FEW, tokens=1, up_to=1, strips=1, k_warps=4)
+GRID = {
+    "W4 g128": Case(3, 40, 384, 4, 128),
+    "W2 g32 asymmetric, split columns": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
+    "W3 per row, one token": Case(1, 33, 300, 3, tile=ONE_STRIP, dtype=torch.float16),
+    "W3 g256 asymmetric": Case(2, 16, 512, 3, 256, symmetric=False),
+    "W8 g64 float16": Case(16, 17, 320, 8, 64, dtype=torch.float16),
+    "W8 per row asymmetric": Case(4, 128, 256, 8, symmetric=False),
+    "W4 codebook": Case(2, 16, 256, 4, codebook=True, sparse=0.005),
+    "W2 codebook float16": Case(3, 130, 70, 2, codebook=True, dtype=torch.float16),
+    "W4 refined to g16, row full": Case(2, 40, 272, 4, 64, cut=48, sparse="row"),
+    "dense only": Case(1, 1, 32, 4, sparse="none"),
+    "one entry": Case(2, 50, 32, 2, sparse="one"),
+    "sparse 5 %, no bias": Case(1, 64, 96, 4, 32, sparse=0.05, bias=False),
+    "crowded strip": Case(2, 48, 600, 2, sparse="strip", tile=replace(FEW, strips=8)),
+    "crowded strip, split columns": Case(1, 40, 1100, 2, sparse="strip", tile=replace(FEW, strips=8, programs=SPLIT)),
+    "middle W4 g128": Case(40, 150, 384, 4, 128, tile=MIDDLE),
+    "middle W3 g32 asymmetric, split": Case(17, 16, 544, 3, 32, symmetric=False, tile=replace(MIDDLE, programs=SPLIT)),
+    "middle W8 per row float16": Case(33, 20, 300, 8, tile=MIDDLE, dtype=torch.float16),
+    "middle W2 codebook": Case(20, 100, 256, 2, codebook=True, tile=replace(MIDDLE, tokens=16)),
+    "middle crowded strip": Case(18, 48, 800, 4, sparse="strip", tile=MIDDLE),
+    "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
+    "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),
+    "many W4 g128": Case(300, 200, 384, 4, 128, tile=None),
+    "many W3 g16 asymmetric, no bias": Case(20, 40, 272, 3, 64, symmetric=False, cut=48, bias=False, tile=None),
+    "many W4 codebook, row full": Case(33, 20, 4200, 4, codebook=True, sparse="row", tile=None),
+    "many W8 dense only": Case(5, 130, 100, 8, sparse="none", dtype=torch.float16, tile=None),
+}
+
+
+@pytest.mark.parametrize("case", GRID.values(), ids=GRID.keys())
+def test_interpreted(interpreted, case):
+    interpreted(check, case)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Small cases of every regime, scheme, dtype, tail and sparsity."""
+    codebook = draw(st.booleans())
+    group = -1 if codebook else draw(st.sampled_from((-1, 32, 64, 128, 256)))
+    refined = draw(st.sampled_from((0, 16))) if group != -1 else 0
+    columns = draw(st.integers(1, 400)) if group == -1 else group * draw(st.integers(1, 3))
+    tile = draw(st.sampled_from((FEW, ONE_STRIP, MIDDLE, None)))
+    programs = draw(st.sampled_from((1, SPLIT)))
+    return Case(
+        tokens=draw(st.integers(1, tile.up_to if tile and tile.kernel == "few" else 70)),
+        rows=draw(st.integers(1, 150)),
+        columns=columns - refined,
+        bits=draw(st.sampled_from((2, 3, 4) if codebook else (2, 3, 4, 8))),
+        group=group,
+        symmetric=codebook or draw(st.booleans()),
+        codebook=codebook,
+        cut=refined,
+        dtype=draw(st.sampled_from((torch.bfloat16, torch.float16))),
+        sparse=draw(st.sampled_from((0.0, 0.005, 0.05, 1.0, "none", "one", "row"))),
+        bias=draw(st.booleans()),
+        tile=tile and replace(tile, programs=programs),
+    )
+
+
+@given(case=cases())
+@settings(max_examples=25)
+def test_any_case_interpreted(interpreted, case):
+    interpreted(check, case)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty)
+    poison_new_tensors()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GRID.values(), ids=GRID.keys())
+def test_on_a_gpu(poisoned, case):
+    check(case, "cuda")
+
+
+@pytest.mark.gpu
+@given(case=cases())
+@settings(max_examples=200)
+def test_any_case_on_a_gpu(case):
+    check(case, "cuda")
