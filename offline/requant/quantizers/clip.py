@@ -15,8 +15,9 @@ def search(
     dtype: torch.dtype,
     importance: torch.Tensor | None = None,
     excluded: torch.Tensor | None = None,
-) -> Grid:
-    """The uniform grid that minimises sum_k importance_k (w_k - w~_k)^2 in each group, over ranges shrunk by SHRINK.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high), fp32 [N, G]: the range whose uniform grid (Grid.spanning, scale in ``dtype``) minimises
+    sum_k importance_k (w_k - w~_k)^2 in each group, among the full range shrunk by each of SHRINK.
 
     weight fp32 [N, K]; importance fp32 [K] or [N, K], default 1; entries under ``excluded`` (bool [N, K]) neither widen
     a range nor count. Raises SchemeError where the group size does not divide K.
@@ -36,4 +37,4 @@ def search(
         total = error.reshape(rows, groups, -1).sum(-1)
         best = torch.where(total < least, shrink, best)
         least = torch.minimum(total, least)
-    return Grid.spanning(best * low, best * high, scheme, dtype)
+    return best * low, best * high

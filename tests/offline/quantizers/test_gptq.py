@@ -59,7 +59,8 @@ def test_works_on_a_codebook() -> None:
 def test_beats_rounding_on_the_layers_output(act_order: bool) -> None:
     weight, x = torch.randn(16, 128), inputs(128)
     scheme, moment = WeightScheme(3, 64, False), x.T @ x / len(x)
-    grid = clip.search(weight, scheme, dtype=torch.bfloat16, importance=moment.diagonal())
+    low, high = clip.search(weight, scheme, dtype=torch.bfloat16, importance=moment.diagonal())
+    grid = Grid.spanning(low, high, scheme, torch.bfloat16)
     dense, _ = gptq.quantize(weight, grid, moment, act_order=act_order)
     nearest = rtn.quantize(weight, scheme, dtype=torch.bfloat16).dequantize()
     assert float(((dense.dequantize() - weight) @ x.T).norm()) < 0.8 * float(((nearest - weight) @ x.T).norm())

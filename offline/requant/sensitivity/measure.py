@@ -1,0 +1,66 @@
+"""From a path and a criterion to scores that can be walked again and again, one matrix at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from requant.sensitivity.criteria import Criterion, Evidence
+from requant.sensitivity.pqi import Path, PathGradients
+from requant.sensitivity.quadrature import Rule
+from requant.sensitivity.store import TensorStore
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores of all entries, recomputed from gradient moments on demand, so that only those are held."""
+
+    path: Path
+    criterion: Criterion
+    gradients: PathGradients
+    tokens: int
+    seed: int
+
+    def scores(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, fp32 [N, K]) of every matrix, always the same and in the same order."""
+        for position, name in enumerate(self.path.parameters):
+            weight = self.path.start[name].float()
+            yield (
+                name,
+                self.criterion.score(
+                    Evidence(
+                        weight,
+                        self.path.end[name].float() - weight,
+                        self.gradients.mean.get(name),
+                        self.gradients.square.get(name),
+                        self.tokens,
+                        torch.Generator().manual_seed(self.seed * len(self.path.parameters) + position),
+                    )
+                ),
+            )
+
+    def means(self) -> dict[str, float]:
+        """The mean score of each matrix: the statistic of the PQI paper's Table 4, which Algorithm 1 uses."""
+        return {name: float(scores.double().mean()) for name, scores in self.scores()}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How to measure: the criterion, the quadrature of criteria that integrate, the seed of the random control, and
+    where accumulators live."""
+
+    criterion: Criterion
+    rule: Rule = "midpoint"
+    intervals: int = 8
+    seed: int = 0
+    stores: Callable[[], TensorStore] = TensorStore
+
+    def measure(self, path: Path, samples: Sequence[torch.Tensor]) -> Measurement:
+        """samples: token ids int64 [B, T] of one shape. Raises ValueError where a loss is not finite."""
+        points = self.criterion.points(self.rule, self.intervals)
+        gradients = (
+            path.gradients(samples, points, second_moment=self.criterion.second_moment, stores=self.stores)
+            if points
+            else PathGradients(TensorStore(), TensorStore())
+        )
+        return Measurement(path, self.criterion, gradients, samples[0].numel(), self.seed)

@@ -1,0 +1,62 @@
+"""Running a model block by block, so that calibration never needs more than one block at work."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class BlockCalls:
+    """How a model calls its decoder blocks: hidden states [B, T, C] that enter the first, one tensor per sample, and
+    the keyword arguments of each block (positions, masks), which are the same for all samples of one shape."""
+
+    hidden: list[torch.Tensor]
+    keywords: list[dict[str, Any]]
+
+
+class _Stop(Exception):
+    pass
+
+
+@torch.no_grad()
+def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], samples: Sequence[torch.Tensor]) -> BlockCalls:
+    """Observes ``model`` on ``samples`` (token ids int64 [B, T], all of one shape): one full run to see every block's
+    keywords, and for each sample a run that ends at the first block."""
+    calls = BlockCalls([], [{} for _ in blocks])
+
+    def note_keywords(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            calls.keywords[index].update({k: v for k, v in keywords.items() if k != "hidden_states"})
+
+        return hook
+
+    def note_hidden(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.hidden.append(args[0] if args else keywords["hidden_states"])
+        raise _Stop
+
+    handles = [block.register_forward_pre_hook(note_keywords(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        model(input_ids=samples[0], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    handle = blocks[0].register_forward_pre_hook(note_hidden, with_kwargs=True)
+    try:
+        for sample in samples:
+            try:
+                model(input_ids=sample, use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return calls
+
+
+def run_block(block: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
+    """hidden [B, T, C] -> [B, T, C], as the model would."""
+    output = block(hidden, **keywords)
+    return output if isinstance(output, torch.Tensor) else output[0]
