@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from requant_kernels.scheme import QUANT_METHOD
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from requant import sources
 from requant.hf import load_quantized
@@ -47,11 +47,13 @@ def evaluate_text(
 ) -> Evaluation:
     """Raises InputError, CheckpointError."""
     source = sources.resolve(model)
+    checkpoint = _is_checkpoint(source)
     tokenizer = source.tokenizer()
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     batches = windows(ids, seqlen, tokens)
-    network = _load(source).to(device)
-    value = perplexity(network, track(batches, len(batches), "evaluating windows"))
+    # fp32, whatever is stored: the figure must not depend on how a machine rounds
+    network = load_quantized(source.folder) if checkpoint else sources.load(source, torch.float32)
+    value = perplexity(network.to(device), track(batches, len(batches), "evaluating windows"))
     return Evaluation(
         perplexity=value,
         model=source.name,
@@ -76,10 +78,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"no special tokens (the tokenizer's own rule would add {' '.join(around)})"
 
 
-def _load(source: sources.Source) -> PreTrainedModel:
-    """fp32, whatever is stored: the figure must not depend on how a machine rounds."""
-    raw = sources.raw_config(source)
-    if dict(raw.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
-        return load_quantized(source.folder)
-    sources.refuse_unusable(raw, source)
-    return sources.load(source, torch.float32)
+def _is_checkpoint(source: sources.Source) -> bool:
+    """Whether it is ours. Raises InputError for what is neither that nor an unquantized causal language model."""
+    if dict(source.raw.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+        return True
+    sources.refuse_unusable(source)
+    return False

@@ -16,6 +16,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from requant.stored import Defect
 from requant.validation import defects
 
 _TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_codebook", *SPARSE_TENSORS)
@@ -26,7 +27,14 @@ def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> Pr
 
     Only fp32 holds the decoded values exactly. Raises CheckpointError naming file, tensor and reason.
     """
+    # transformers fails in its own words, or not at all, where the folder is not what it seems
+    _refuse(next(defects(Path(folder), contents=False), None))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def _refuse(defect: Defect | None) -> None:
+    if defect:
+        raise CheckpointError(str(defect))
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -56,8 +64,8 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
         if any(layer.activations or layer.bias_correction for layer in (scheme.scheme, *scheme.overrides.values())):
             raise CheckpointError("config.json: W8A8 and bias correction run in vLLM only, not in transformers")
         # transformers reports a failing conversion only after the fact and with a traceback; refuse beforehand
-        if checkpoint_files and (defect := next(defects(Path(checkpoint_files[0]).parent), None)):
-            raise CheckpointError(str(defect))
+        if checkpoint_files:
+            _refuse(next(defects(Path(checkpoint_files[0]).parent), None))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:

@@ -119,8 +119,7 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def _write_metadata(
     source: sources.Source, network: PreTrainedModel, scheme: CheckpointScheme, report: Report, folder: Path
 ) -> None:
-    config = sources.raw_config(source)
-    config.pop("torch_dtype", None)  # the old name of dtype
+    config = {key: value for key, value in source.raw.items() if key != "torch_dtype"}  # dtype's old name
     config["architectures"] = config.get("architectures") or [type(network).__name__]  # a GGUF names none
     config |= {"dtype": str(network.dtype).removeprefix("torch."), "quantization_config": scheme.to_dict()}
     write_json(folder / "config.json", config)

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,21 @@ _SIDECARS = (
 
 @dataclass(frozen=True)
 class Source:
-    """``name`` is what a model card may show; ``gguf`` the file in ``folder`` that holds everything, or None."""
+    """``name``: what a model card may show. ``raw``: config.json as it stands, or what a GGUF declares. ``gguf``: the
+    file in ``folder`` that holds everything, or None."""
 
     name: str
     folder: Path
+    raw: dict[str, Any] = field(repr=False)
     gguf: str | None = None
 
-    def _where(self) -> dict[str, Any]:
+    def where(self) -> dict[str, Any]:
+        """The arguments by which transformers finds it."""
         return {"pretrained_model_name_or_path": self.folder} | ({"gguf_file": self.gguf} if self.gguf else {})
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(**self._where())
+            return AutoTokenizer.from_pretrained(**self.where())
         except Exception as error:  # the tokenizers library raises bare exceptions
             raise InputError(f"{self.folder}: its tokenizer can not be loaded ({_first_line(error)})") from None
 
@@ -61,13 +64,13 @@ def resolve(model: str | Path) -> Source:
     """A folder with config.json, a GGUF file or a folder with just one, or a hub name. Raises InputError."""
     path = Path(model)
     if path.is_file() and path.suffix == ".gguf":
-        return Source(path.stem, path.parent, path.name)
+        return _gguf(path)
     if path.is_dir():
-        ggufs = sorted(entry.name for entry in path.glob("*.gguf"))
+        ggufs = list(path.glob("*.gguf"))
         if (path / "config.json").is_file():
-            return Source(path.resolve().name, path)
+            return Source(path.resolve().name, path, _read_raw(path / "config.json"))
         if len(ggufs) == 1:
-            return Source(ggufs[0].removesuffix(".gguf"), path, ggufs[0])
+            return _gguf(ggufs[0])
         raise InputError(f"{model}: holds no config.json" + (f" and {len(ggufs)} GGUF files: name one" * bool(ggufs)))
     if path.exists() or not _HUB_NAME.fullmatch(str(model)):
         raise InputError(f"{model}: no such model folder")
@@ -75,14 +78,18 @@ def resolve(model: str | Path) -> Source:
         folder = snapshot_download(str(model), allow_patterns=["config.json", "README.md", *_WEIGHTS, *_SIDECARS])
     except (OSError, ValueError) as error:
         raise InputError(f"{model}: no such folder, and not to be had from the hub ({_first_line(error)})") from None
-    return Source(str(model), Path(folder))
+    return Source(str(model), Path(folder), _read_raw(Path(folder) / "config.json"))
 
 
-def raw_config(source: Source) -> dict[str, Any]:
-    """config.json as it stands, or what a GGUF declares. Raises InputError where it is no JSON object."""
-    if source.gguf:
-        return auto_config(source).to_dict()
-    path = source.folder / "config.json"
+def _gguf(path: Path) -> Source:
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # whatever is wrong in it, and a missing package
+        raise InputError(f"{path}: not readable as GGUF ({_first_line(error)})") from None
+    return Source(path.stem, path.parent, config.to_dict(), path.name)
+
+
+def _read_raw(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -94,28 +101,31 @@ def raw_config(source: Source) -> dict[str, Any]:
 
 def read_config(source: Source) -> PreTrainedConfig:
     """Raises InputError for whatever is not an unquantized causal LM of a supported architecture."""
-    raw = raw_config(source)
-    refuse_unusable(raw, source)
-    architecture_of(raw["model_type"], str(source.folder))
+    refuse_unusable(source)
+    architecture_of(source.raw["model_type"], str(source.folder))
     return auto_config(source)
 
 
-def refuse_unusable(raw: dict[str, Any], source: Source) -> None:
-    """Raises InputError unless ``raw``, a config.json, describes an unquantized causal language model."""
-    names = raw.get("architectures") or []
+def refuse_unusable(source: Source) -> None:
+    """Raises InputError unless ``source`` is an unquantized causal language model."""
+    names = source.raw.get("architectures") or []
     if names and not any(str(name).endswith("ForCausalLM") for name in names):
         raise InputError(f"{source.folder}: not a causal language model, but {', '.join(map(str, names))}")
-    if "quantization_config" in raw:
-        method = dict(raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+    if "quantization_config" in source.raw:
+        method = dict(source.raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise InputError(f"{source.folder}: its weights are already quantized ({method}); start from the original")
 
 
 def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model on the CPU in ``dtype``, by default as it is stored (a GGUF is decoded to bf16). Raises InputError
-    where weights are absent: transformers would fill them with random numbers."""
-    kwargs = source._where() | {"output_loading_info": True, "low_cpu_mem_usage": True}
+    where weights are absent, which transformers would fill with random numbers, or unknown, which it would drop."""
+    kwargs = source.where() | {"output_loading_info": True}
     if source.gguf:
-        kwargs |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype or torch.bfloat16}
+        kwargs |= {
+            "config": auto_config(source),
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": dtype or torch.bfloat16,
+        }
     else:
         kwargs |= {"use_safetensors": True, "dtype": dtype or "auto"}
     try:
@@ -124,6 +134,8 @@ def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise InputError(f"{source.folder}: can not be loaded ({_first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{source.folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
+    if unknown := sorted(info["unexpected_keys"]):
+        raise InputError(f"{source.folder}: {unknown[0]} belongs to no {model.config.model_type} of transformers")
     return model
 
 
@@ -143,7 +155,7 @@ def write_sidecars(source: Source, folder: Path) -> None:
 def auto_config(source: Source) -> PreTrainedConfig:
     """The configuration as transformers understands it. Raises InputError where it does not."""
     try:
-        return AutoConfig.from_pretrained(**source._where())
+        return AutoConfig.for_model(**source.raw) if source.gguf else AutoConfig.from_pretrained(source.folder)
     except Exception as error:  # a wrong value in it may surface as anything
         raise InputError(f"{source.folder}: its configuration can not be read ({_first_line(error)})") from None
 

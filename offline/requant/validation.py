@@ -48,9 +48,9 @@ class Expected:
         return cls(model, layers, others, _SPELLING[stored.dtype])
 
 
-def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
+def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = True) -> Iterator[Defect]:
     """Every defect of the checkpoint in ``folder``: files, then configuration (with each degree of tensor
-    parallelism that is asked for and not possible), names and shapes, contents."""
+    parallelism that is asked for and not possible), names and shapes, contents (unless headers are enough)."""
     try:
         stored = open_checkpoint(folder)
         expected = Expected.of(stored)
@@ -65,8 +65,8 @@ def defects(folder: Path, degrees: tuple[int, ...] = ()) -> Iterator[Defect]:
             yield Defect("config.json", line)
     structural = list(_structure(stored, expected))
     yield from structural
-    unreadable = {defect.what.split(":")[0] for defect in structural}
-    yield from _contents(stored, expected, unreadable)
+    if contents:
+        yield from _contents(stored, expected, {defect.what.split(":")[0] for defect in structural})
 
 
 def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:

@@ -22,6 +22,8 @@ SMALL = {
     "vocab_size": 97,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
+    "ffn_dim": 128,  # these two are OPT's
+    "word_embed_proj_dim": 64,
 }
 
 

@@ -44,7 +44,7 @@ def test_what_is_wrong_is_named(text, message, tmp_path):
 
 
 def test_an_unknown_name_lists_the_presets():
-    with pytest.raises(InputError, match="'w5': no such file, and not one of the presets: .*rtn-w4"):
+    with pytest.raises(InputError, match=r"'w5': no such file, and not one of the presets: .*rtn-w4"):
         load_recipe("w5")
 
 

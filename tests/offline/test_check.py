@@ -1,0 +1,271 @@
+"""`requant check` names file, tensor and matter of every defect; transformers refuses the same checkpoints."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from requant import api
+from requant.recipe import Recipe
+from requant_kernels.errors import CheckpointError
+from requant_kernels.scheme import WeightScheme
+from safetensors.torch import load_file, save_file
+
+INDEX = "model.safetensors.index.json"
+DOWN = "model.layers.1.mlp.down_proj"
+Tamper = Callable[[Path], None]
+
+
+def edit_json(name: str, change: Callable[[dict], object]) -> Tamper:
+    def tamper(folder: Path) -> None:
+        data = json.loads((folder / name).read_text())
+        change(data)
+        (folder / name).write_text(json.dumps(data))
+
+    return tamper
+
+
+def edit_config(**changes: object) -> Tamper:
+    return edit_json("config.json", lambda config: config.update(changes))
+
+
+def edit_scheme(**changes: object) -> Tamper:
+    return edit_json("config.json", lambda config: config["quantization_config"].update(changes))
+
+
+def shard_of(folder: Path, tensor: str) -> Path:
+    return folder / json.loads((folder / INDEX).read_text())["weight_map"][tensor]
+
+
+def edit_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Tamper:
+    """Rewrites the shard of tensor ``name`` with ``change`` applied to a copy of it."""
+
+    def tamper(folder: Path) -> None:
+        shard = shard_of(folder, name)
+        tensors = load_file(shard)
+        tensors[name] = change(tensors[name].clone()).contiguous()
+        save_file(tensors, shard, metadata={"format": "pt"})
+
+    return tamper
+
+
+def put(index: int, value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        wide = tensor.to(torch.float64)  # uint16 knows no assignment
+        wide.view(-1)[index] = value
+        return wide.to(tensor.dtype)
+
+    return change
+
+
+def drop_tensor(folder: Path) -> None:
+    name = f"{DOWN}.weight_scale"
+    shard = shard_of(folder, name)
+    tensors = load_file(shard)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    edit_json(INDEX, lambda index: index["weight_map"].pop(name))(folder)
+
+
+def add_tensor(folder: Path) -> None:
+    shard = shard_of(folder, f"{DOWN}.weight_scale")
+    save_file(load_file(shard) | {f"{DOWN}.g_idx": torch.zeros(3)}, shard, metadata={"format": "pt"})
+    edit_json(INDEX, lambda index: index["weight_map"].update({f"{DOWN}.g_idx": shard.name}))(folder)
+
+
+def truncate(folder: Path) -> None:
+    shard = shard_of(folder, f"{DOWN}.weight_packed")
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def garbage(folder: Path) -> None:
+    shard_of(folder, f"{DOWN}.weight_packed").write_bytes(b"\xff" * 64)
+
+
+def remove_shard(folder: Path) -> None:
+    shard_of(folder, f"{DOWN}.weight_packed").unlink()
+
+
+def stray_shard(folder: Path) -> None:
+    save_file({"x": torch.zeros(1)}, folder / "extra.safetensors")
+
+
+def send_to(file: str) -> Tamper:
+    return edit_json(INDEX, lambda index: index["weight_map"].update({f"{DOWN}.weight_packed": file}))
+
+
+def no_weights(folder: Path) -> None:
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink()
+
+
+def not_json(name: str) -> Tamper:
+    return lambda folder: (folder / name).write_text("{") and None
+
+
+SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
+DEFECTS = {
+    "column out of range": (
+        edit_tensor(f"{DOWN}.sparse_columns", put(-1, 128)),
+        rf"{SHARD}: {DOWN}.sparse_columns: 128 is outside \[0, 128\)",
+    ),
+    "columns not ascending": (
+        edit_tensor(f"{DOWN}.sparse_columns", lambda columns: columns.int().flip(0).to(torch.uint16)),
+        rf"{SHARD}: {DOWN}.sparse_columns: not ascending",
+    ),
+    "columns of another dtype": (
+        edit_tensor(f"{DOWN}.sparse_columns", lambda columns: columns.to(torch.int64)),
+        rf"{SHARD}: {DOWN}.sparse_columns: dtype torch.int64, expected torch.uint16",
+    ),
+    "offsets not monotone": (
+        edit_tensor(f"{DOWN}.sparse_row_offsets", put(1, 1000)),
+        rf"{SHARD}: {DOWN}.sparse_row_offsets: not monotone",
+    ),
+    "offsets not closed": (
+        edit_tensor(f"{DOWN}.sparse_row_offsets", put(-1, 1)),
+        rf"{SHARD}: {DOWN}.sparse_row_offsets: not monotone",
+    ),
+    "offsets without a dimension": (
+        edit_tensor(f"{DOWN}.sparse_row_offsets", lambda offsets: offsets[0]),
+        rf"{SHARD}: {DOWN}.sparse_row_offsets: shape \[\], expected one dimension",
+    ),
+    "a value is NaN": (
+        edit_tensor(f"{DOWN}.sparse_values", put(0, float("nan"))),
+        rf"{SHARD}: {DOWN}.sparse_values: not finite",
+    ),
+    "a scale is NaN": (
+        edit_tensor(f"{DOWN}.weight_scale", put(0, float("nan"))),
+        rf"{SHARD}: {DOWN}.weight_scale: not finite",
+    ),
+    "a scale is zero": (
+        edit_tensor(f"{DOWN}.weight_scale", put(0, 0.0)),
+        rf"{SHARD}: {DOWN}.weight_scale: not positive",
+    ),
+    "a scale of another dtype": (
+        edit_tensor(f"{DOWN}.weight_scale", torch.Tensor.float),
+        rf"{SHARD}: {DOWN}.weight_scale: dtype F32, but BF16 by config.json",
+    ),
+    "a scale of another shape": (
+        edit_tensor(f"{DOWN}.weight_scale", lambda scale: scale[:, :1]),
+        rf"{SHARD}: {DOWN}.weight_scale: shape \[64, 1\], expected \[64, 4\]",
+    ),
+    "codes of another shape": (
+        edit_tensor(f"{DOWN}.weight_packed", lambda packed: packed[:, :-4]),
+        rf"{SHARD}: {DOWN}.weight_packed: shape \[64, 12\], but \[64, 16\] by config.json",
+    ),
+    "codes of another dtype": (
+        edit_tensor(f"{DOWN}.weight_packed", lambda packed: packed.to(torch.int64)),
+        rf"{SHARD}: {DOWN}.weight_packed: torch.int64 \[64, 16\], not int32",
+    ),
+    "an embedding is infinite": (
+        edit_tensor("model.embed_tokens.weight", put(5, float("inf"))),
+        rf"{SHARD}: model.embed_tokens.weight: not finite",
+    ),
+    "a tensor is missing": (drop_tensor, rf"{INDEX}: {DOWN}.weight_scale: missing"),
+    "a tensor too many": (add_tensor, rf"{SHARD}: {DOWN}.g_idx: not expected in this model"),
+    "a truncated shard": (truncate, rf"{SHARD}: not a whole safetensors file"),
+    "a shard of garbage": (garbage, rf"{SHARD}: not a whole safetensors file"),
+    "an absent shard": (remove_shard, rf"{INDEX}: {SHARD}: named here, but absent"),
+    "a stray shard": (stray_shard, r"extra\.safetensors: no part of this checkpoint"),
+    "no weights at all": (no_weights, r"model\.safetensors: absent"),
+    "a path in the index": (
+        send_to("../model.safetensors"),
+        rf"{INDEX}: '\.\./model\.safetensors': not the plain name",
+    ),
+    "a pickle in the index": (send_to("model.bin"), rf"{INDEX}: 'model\.bin': not the plain name"),
+    "a number in the index": (edit_json(INDEX, lambda index: index.update(weight_map=3)), rf"{INDEX}: no weight_map"),
+    "an index that is no JSON": (not_json(INDEX), rf"{INDEX}: not JSON"),
+    "a config that is no JSON": (not_json("config.json"), r"config\.json: not JSON"),
+    "an unknown version": (edit_scheme(version=2), r"config\.json: version: 2 is not 1"),
+    "an unknown key": (edit_scheme(beta=1), r"config\.json: quantization_config: unknown key 'beta'"),
+    "another method": (edit_scheme(quant_method="gptq"), r"config\.json: quant_method: 'gptq' is not 'requant'"),
+    "a wrong scheme": (
+        edit_scheme(scheme={"weights": {"bits": 4, "group_size": 32, "symmetric": True}}),
+        rf"{SHARD}: model\.layers\.0\.mlp\.down_proj\.sparse_columns: not expected in this model",
+    ),
+    "a group that does not divide": (
+        edit_scheme(scheme={"weights": {"bits": 4, "group_size": 256, "symmetric": False}, "sparse": {}}),
+        rf"{SHARD}: {DOWN}.weight_packed: group_size 256 does not divide in_features 128",
+    ),
+    "a fused layer split": (
+        edit_scheme(ignore=["lm_head", r".*k_proj"]),
+        r"config\.json: model\.layers\.0: self_attn\.q_proj, .* must share one scheme",
+    ),
+    "no quantization_config": (
+        edit_json("config.json", lambda config: config.pop("quantization_config")),
+        r"config\.json: no quantization_config",
+    ),
+    "another width": (
+        edit_config(intermediate_size=256),
+        rf"{SHARD}: {DOWN}.weight_packed: shape \[64, 16\], but \[64, 32\] by config.json",
+    ),
+    "more blocks": (edit_config(num_hidden_layers=3), rf"{INDEX}: model\.layers\.2\..*: missing"),
+    "a nonsensical width": (edit_config(hidden_size="wide"), r"config\.json: .*hidden_size"),
+    "an unknown architecture": (edit_config(model_type="gpt2"), r"config\.json: architecture 'gpt2' is not supported"),
+    "another dtype": (edit_config(dtype="int8"), r"config\.json: dtype: 'int8' is not one of"),
+}
+
+
+def test_a_sound_checkpoint_has_no_defects(quantized):
+    assert api.check(quantized, tensor_parallel=(1, 2, 4)) == []
+
+
+@pytest.mark.parametrize(("tamper", "expected"), DEFECTS.values(), ids=DEFECTS)
+def test_each_defect_is_named_and_nothing_loads(tamper, expected, checkpoint):
+    tamper(checkpoint)
+    lines = [str(defect) for defect in api.check(checkpoint)]
+    assert any(re.fullmatch(f"{expected}.*", line) for line in lines), lines
+    with pytest.raises(CheckpointError) as refusal:
+        api.load_quantized(checkpoint)
+    assert str(refusal.value) == lines[0]
+
+
+def test_two_defects_are_two_lines(checkpoint):
+    edit_tensor(f"{DOWN}.weight_scale", put(0, -1.0))(checkpoint)
+    edit_tensor("model.layers.0.self_attn.q_proj.sparse_values", put(0, float("inf")))(checkpoint)
+    lines = [str(defect) for defect in api.check(checkpoint)]
+    assert [line.split(": ")[1] for line in lines] == [
+        "model.layers.0.self_attn.q_proj.sparse_values",
+        f"{DOWN}.weight_scale",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("degree", "expected"),
+    [
+        (3, ["self_attn.q_proj: 4 attention heads", "self_attn.k_proj: 2 key/value heads", "mlp.down_proj: its 128"]),
+        (4, []),  # the two key/value heads are copied
+        (8, ["self_attn.q_proj: 4 attention heads"]),
+    ],
+)
+def test_a_degree_that_is_not_possible_is_named_with_its_layers(degree, expected, quantized):
+    lines = [str(defect) for defect in api.check(quantized, tensor_parallel=(1, degree))]
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert line.startswith(f"config.json: model.layers.0.{part}")
+        assert f"{degree} ranks" in line
+
+
+def test_an_override_gives_one_layer_another_scheme(llama, tmp_path, checkpoint):
+    """What a mixed checkpoint will look like: here two layers of one bit width taken from another run."""
+    api.quantize(llama, tmp_path / "other", Recipe(WeightScheme(8, 64)))
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    for block in range(2):
+        layer = f"model.layers.{block}.mlp.down_proj"
+        shard = shard_of(checkpoint, f"{layer}.weight_packed")
+        index = json.loads((checkpoint / INDEX).read_text())
+        for name in [name for name in index["weight_map"] if name.startswith(layer)]:
+            path = checkpoint / index["weight_map"].pop(name)
+            save_file({key: value for key, value in load_file(path).items() if key != name}, path)
+        parts = {name: tensor for name, tensor in other.items() if name.startswith(layer)}
+        save_file(load_file(shard) | parts, shard, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(parts, shard.name)
+        (checkpoint / INDEX).write_text(json.dumps(index))
+    edit_scheme(overrides={r".*down_proj": {"weights": {"bits": 8, "group_size": 64, "symmetric": True}}})(checkpoint)
+    assert api.check(checkpoint) == []
+    rows, _ = api.inspect(checkpoint)
+    assert {row.describe() for row in rows if row.name.endswith("down_proj")} == {"w8 g64 sym"}
+    loaded, whole = api.load_quantized(checkpoint), api.load_quantized(tmp_path / "other")
+    assert torch.equal(loaded.get_parameter(f"{DOWN}.weight"), whole.get_parameter(f"{DOWN}.weight"))
