@@ -1,0 +1,105 @@
+"""The whole quantized model is trained to predict what the original predicts, with the memory of one block.
+
+The loss is the Kullback-Leibler divergence from the original's next-token distribution: unlike the loss on the text, it
+teaches the model nothing about the calibration text, only to be itself again. Gradients stream block by block and are
+used up by the optimizer at once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
+from requant.quantizers.learned import LearnedRounding
+from requant.sensitivity.store import TensorStore
+from requant.sensitivity.streaming import streamed_gradients
+from requant.tuning.adam import StreamedAdam
+
+TOKENS_AT_ONCE = 256  # whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """steps of ``batch`` samples each; rates rise over the first tenth of the steps and fall linearly to zero.
+
+    ``rate``: of offsets, in quantization steps; ``range_rate``: of the ends of ranges, relative; ``value_rate``: of the
+    sparse part, relative to the mean size of its values.
+    """
+
+    steps: int = 100
+    batch: int = 4
+    rate: float = 0.005
+    range_rate: float = 0.001
+    value_rate: float = 0.002
+    seed: int = 0
+
+    def share(self, step: int) -> float:
+        """Of the full rates, at ``step`` (from 0)."""
+        warmup = self.steps // 10 + 1
+        return min((step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup))
+
+    def rate_of(self, kind: str, parameter: torch.Tensor) -> float:
+        if kind == "values":
+            return self.value_rate * float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
+        return self.rate if kind == "offset" else self.range_rate
+
+
+def final_state(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """What ``model`` hands to its output head: token ids int64 [B, T] -> [B, T, C]."""
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, head: nn.Module) -> tuple[float, torch.Tensor]:
+    """Mean over tokens of KL(teacher || student) in nats, and its gradient by ``student``.
+
+    student, teacher: final states [B, T, C]. Logits exist for TOKENS_AT_ONCE tokens at a time.
+    """
+    leaf = student.detach().flatten(0, 1).requires_grad_()
+    target, tokens, total = teacher.flatten(0, 1), leaf.shape[0], 0.0
+    for start in range(0, tokens, TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        with torch.no_grad():
+            expected = head(target[part]).float().log_softmax(-1)
+        predicted = head(leaf[part]).float().log_softmax(-1)
+        loss = kl_div(predicted, expected, reduction="sum", log_target=True) / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    assert leaf.grad is not None
+    return total, leaf.grad.view_as(student)
+
+
+def distill(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    roundings: Mapping[str, LearnedRounding],
+    samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    settings: Distillation,
+) -> list[float]:
+    """Trains ``roundings``, with which the linear layers of ``blocks`` compute; returns the divergence at every step.
+
+    samples: token ids int64 [1, T], all of one length, each with its final state [1, T, C] in the original model.
+    """
+    parameters = {
+        f"{layer}.{kind}": parameter
+        for layer, rounding in roundings.items()
+        for kind, parameter in rounding.named_parameters()
+    }
+    rates = {name: settings.rate_of(name.rpartition(".")[2], parameter) for name, parameter in parameters.items()}
+    adam = StreamedAdam(parameters, rates, TensorStore(), TensorStore())
+    generator = torch.Generator().manual_seed(settings.seed)
+    losses: list[float] = []
+    with streamed_gradients(blocks, parameters, adam.update):
+        for step in range(settings.steps):
+            adam.begin_step(settings.share(step))
+            chosen = torch.randperm(len(samples), generator=generator)[: settings.batch].tolist()
+            ids, teacher = (torch.cat([samples[i][side] for i in chosen]) for side in (0, 1))
+            student = final_state(model, ids)
+            loss, gradient = divergence(student, teacher, model.get_output_embeddings())
+            losses.append(loss)
+            student.backward(gradient)  # type: ignore[no-untyped-call]
+            for rounding in roundings.values():
+                rounding.project()
+    return losses

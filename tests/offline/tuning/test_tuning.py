@@ -1,0 +1,116 @@
+from pathlib import Path
+
+import pytest
+import torch
+from requant.quantizers import clip
+from requant.quantizers.learned import LearnedRounding
+from requant.sensitivity.store import TensorStore
+from requant.tuning.adam import EPSILON, FIRST_DECAY, SECOND_DECAY, StreamedAdam
+from requant.tuning.attach import trainable
+from requant.tuning.blockwise import Training, train_block
+from requant.tuning.distillation import Distillation, distill, divergence, final_state
+from requant.walk import block_calls, run_block
+from requant_kernels.scheme import WeightScheme
+from torch import nn
+
+from tests.offline.sensitivity.conftest import causal_lm
+
+SCHEME = WeightScheme(2, 64, False)
+
+
+@pytest.fixture
+def model(micro_llama: Path) -> nn.Module:
+    return causal_lm(micro_llama)
+
+
+def linears(module: nn.Module) -> dict[str, nn.Linear]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def roundings_of(layers: dict[str, nn.Linear]) -> dict[str, LearnedRounding]:
+    made = {}
+    for name, layer in layers.items():
+        low, high = clip.search(layer.weight.data, SCHEME, dtype=torch.bfloat16)
+        excluded = torch.zeros_like(layer.weight, dtype=torch.bool)
+        excluded[:, 0] = True
+        made[name] = LearnedRounding(layer.weight.data, low, high, SCHEME, dtype=torch.bfloat16, excluded=excluded)
+    return made
+
+
+def windows(count: int) -> list[torch.Tensor]:
+    return [torch.randint(2048, (1, 32), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+def test_streamed_adam_is_adam(tmp_path: Path, on_disk: bool) -> None:
+    start, target = torch.randn(5, 7), torch.randn(5, 7)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    stores = [TensorStore(tmp_path / name if on_disk else None) for name in ("first", "second")]
+    adam = StreamedAdam({"w": ours}, {"w": 0.1}, *stores)
+    reference = torch.optim.Adam([theirs], lr=0.1, betas=(FIRST_DECAY, SECOND_DECAY), eps=EPSILON)
+    for step in range(10):
+        share = 1 - step / 10
+        adam.begin_step(share)
+        adam.update("w", 2 * (ours.detach() - target))
+        reference.param_groups[0]["lr"] = 0.1 * share
+        theirs.grad = 2 * (theirs.detach() - target)
+        reference.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_divergence_and_its_gradient_are_those_of_the_logits(model: nn.Module) -> None:
+    student, teacher = torch.randn(2, 300, 128), torch.randn(2, 300, 128)
+    value, gradient = divergence(student, teacher, model.lm_head)
+    leaf = student.clone().requires_grad_()
+    p, q = model.lm_head(teacher).log_softmax(-1), model.lm_head(leaf).log_softmax(-1)
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    expected.backward()
+    assert value == pytest.approx(float(expected.detach()), rel=1e-4)
+    torch.testing.assert_close(gradient, leaf.grad, atol=1e-7, rtol=1e-3)
+
+
+def test_a_block_learns_its_output_back(model: nn.Module) -> None:
+    block, samples = model.model.layers[0], windows(8)
+    calls = block_calls(model, model.model.layers, samples)
+    with torch.no_grad():
+        targets = [run_block(block, hidden, calls.keywords[0]) for hidden in calls.hidden]
+    layers = linears(block)
+    roundings = roundings_of(layers)
+    with trainable(layers, roundings):
+        losses = train_block(
+            lambda hidden: run_block(block, hidden, calls.keywords[0]),
+            list(roundings.values()),
+            list(zip(calls.hidden, targets, strict=True)),
+            Training(steps=30, batch=8),
+        )
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_distillation_brings_the_whole_model_back_to_itself(model: nn.Module) -> None:
+    samples, layers = windows(4), linears(model.model)
+    with torch.no_grad():
+        teacher = [final_state(model, sample) for sample in samples]
+    roundings = roundings_of(layers)
+    settings = Distillation(steps=12, batch=4, rate=0.02)
+    with trainable(layers, roundings):
+        losses = distill(model, model.model.layers, roundings, list(zip(samples, teacher, strict=True)), settings)
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad is None for rounding in roundings.values() for parameter in rounding.parameters())
+
+
+def test_layers_get_their_own_weights_back(model: nn.Module) -> None:
+    layers = linears(model.model)
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    roundings = roundings_of(layers)
+    with trainable(layers, roundings):
+        assert all(torch.equal(layer.weight, roundings[name].forward()) for name, layer in layers.items())
+        assert not any(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+
+
+def test_rates_rise_and_fall() -> None:
+    shares = [Distillation(steps=50).share(step) for step in range(50)]
+    assert max(shares) == 1.0
+    assert 0 < shares[0] < 0.5
+    assert 0 < shares[-1] < 0.05
+    assert [Distillation(steps=1).share(0)] == [1.0]
