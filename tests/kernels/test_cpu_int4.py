@@ -54,7 +54,7 @@ def test_the_size_of_the_decoded_block_changes_nothing(block, monkeypatch):
     x, prepared = torch.randn(100, SHAPE[1]).to(torch.bfloat16), prepare(weight)
     usual = ops.dense_sparse_linear(x, prepared)
     monkeypatch.setattr(cpu_int4, "BLOCK_ELEMENTS", block)
-    torch.testing.assert_close(ops.dense_sparse_linear(x, prepared), usual, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(ops.dense_sparse_linear(x, prepared), usual, rtol=2**-7, atol=1e-2)
 
 
 def test_an_unknown_layout_is_left_to_the_operator():
@@ -63,11 +63,11 @@ def test_an_unknown_layout_is_left_to_the_operator():
     unknown = Prepared(known.implementation, known.out_features, known.tensors, meta=(known.meta[0], 0))
     x = torch.randn(100, SHAPE[1]).to(torch.bfloat16)
     y, expected = (ops.dense_sparse_linear(x, one) for one in (unknown, known))
-    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-8 * float(expected.abs().max()))
 
 
 def test_the_packed_layer_takes_little_more_than_its_bits():
     weight = random_weight(scheme(4, 64, False), (1024, 1024), density=0.005)
     stored = sum(t.numel() * t.element_size() for t in prepare(weight).tensors.values()) * 8 / 1024**2
-    # 4 bit of codes, 32 bit a group of scale and zero, 64 bit an entry
-    assert stored < 4 + 32 / 64 + 64 * 0.005 + 0.1
+    # 4 bit of codes, 32 bit a group of scale and zero, 96 bit an entry
+    assert stored < 4 + 32 / 64 + 96 * 0.005 + 0.1

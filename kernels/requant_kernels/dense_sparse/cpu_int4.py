@@ -4,8 +4,6 @@ Both regimes read one packed copy of the weights. Codes of 2 and 3 bits move int
 memory, but decode to the same numbers.
 """
 
-import warnings
-from functools import cache
 from math import gcd
 
 import torch
@@ -30,7 +28,7 @@ BLOCK_ELEMENTS = 1 << 19
 
 
 class CpuInt4:
-    """bf16 activations; weight [N, K] as 4-bit panels, the sparse part as fp32 CSR."""
+    """bf16 activations; weight [N, K] as 4-bit panels, beside it the sparse part by rows."""
 
     name = "cpu_int4"
 
@@ -51,7 +49,7 @@ class CpuInt4:
 
     def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
         """weight_packed uint8 [N', K/2] and scale_and_zero bf16 [K/g, N', 2], N' = N padded to 64; of the sparse
-        part row_offsets int32 [N'+1], columns int32 and values fp32 [nnz]."""
+        part row_offsets int32 [N'+1]; rows, columns int32 and values fp32, each [nnz]."""
         rows, group = weight.out_features, _kernel_group(weight.group_size)
         padding = -rows % ROW_MULTIPLE
         codes, scale, zero = _in_4_bit_grid(weight)
@@ -67,10 +65,10 @@ class CpuInt4:
             offsets = weight.sparse.row_offsets
             tensors |= {
                 "sparse_row_offsets": torch.cat((offsets, offsets[-1:].expand(padding))),
+                "sparse_rows": weight.sparse.rows().to(torch.int32),
                 "sparse_columns": weight.sparse.columns.to(torch.int32),
                 "sparse_values": weight.sparse.values.float(),
             }
-            _silence_beta_warning()
         return Prepared(self.name, rows, tensors, meta=(group, panel_rows()))
 
     def apply(
@@ -118,16 +116,29 @@ def _multiply_packed(x: torch.Tensor, tensors: list[torch.Tensor], group: int) -
     packed, scale_and_zero, *sparse = tensors
     y = multiply_panels(x, packed, group, scale_and_zero)
     if sparse:
-        y += torch.mm(_csr(sparse, x.shape[1]), x.float().t()).t()
+        y += _multiply_sparse(x.float(), *sparse)
     return y
+
+
+def _multiply_sparse(
+    x: torch.Tensor, row_offsets: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """x fp32 [M, K] -> [M, N']. For one token torch's products over rows of two or three entries spend their time on
+    mispredicted branches; gathering and scattering single numbers does not."""
+    if len(x) == 1:
+        products = x[0].index_select(0, columns).mul_(values)
+        return x.new_zeros(len(row_offsets) - 1).index_add_(0, rows, products)
+    return torch.nn.functional.embedding_bag(
+        columns, x.t().contiguous(), row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    ).t()
 
 
 def _decode_and_multiply(x: torch.Tensor, tensors: list[torch.Tensor], group: int, panel: int) -> torch.Tensor:
     """Decodes as many panels at a time as the cache holds, adds their sparse entries, multiplies in fp32."""
-    packed, scale_and_zero, *sparse = tensors
+    packed, scale_and_zero, *by_rows = tensors
     columns, panels = x.shape[1], packed.view(-1, x.shape[1], panel // 2)
     step = max(1, BLOCK_ELEMENTS // (columns * panel))
-    bounds = sparse[0][:: step * panel].tolist() if sparse else []
+    bounds = [*by_rows[0][:: step * panel].tolist(), None] if by_rows else []
     x32 = x.float()
     y = x.new_empty(x.shape[0], packed.shape[0])
     workspace = x32.new_empty(columns * step * panel)
@@ -139,30 +150,13 @@ def _decode_and_multiply(x: torch.Tensor, tensors: list[torch.Tensor], group: in
         scale, zero = scale_and_zero[:, None, start:stop].float().unbind(-1)
         grouped = decoded.view(-1, group, stop - start)
         torch.addcmul(zero - ZERO_CODE * scale, grouped, scale, out=grouped)
-        if sparse:
-            _add_entries(decoded, sparse, start, bounds[index])
+        if by_rows:
+            _add_entries(decoded, by_rows[1:], start, slice(*bounds[index : index + 2]))
         y[:, start:stop] = torch.mm(x32, decoded)
     return y
 
 
-def _csr(sparse: list[torch.Tensor], columns: int) -> torch.Tensor:
-    """A view as torch's CSR [N', K]; unchecked, since the loader has validated every index."""
-    return torch.ops.aten._sparse_csr_tensor_unsafe.default(*sparse, [len(sparse[0]) - 1, columns])
-
-
-@cache
-def _silence_beta_warning() -> None:
-    """torch says once per process that CSR tensors are in beta; users of a server can do nothing with that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
-
-
-def _add_entries(decoded: torch.Tensor, sparse: list[torch.Tensor], start: int, first_entry: int) -> None:
-    """The sparse entries of the rows from ``start`` on, added into their transposed block [K, n]."""
-    offsets, columns, values = sparse
-    rows = decoded.shape[1]
-    counts = offsets[start : start + rows + 1].diff()
-    local = torch.repeat_interleave(torch.arange(rows), counts)
-    entries = slice(first_entry, first_entry + len(local))
-    decoded.view(-1).index_add_(0, columns[entries] * rows + local, values[entries])
+def _add_entries(decoded: torch.Tensor, sparse: list[torch.Tensor], start: int, entries: slice) -> None:
+    """The sparse ``entries``, those of the rows from ``start`` on, added into the transposed block [K, n]."""
+    rows, columns, values = (part[entries] for part in sparse)
+    decoded.view(-1).index_add_(0, columns * decoded.shape[1] + (rows - start), values)
