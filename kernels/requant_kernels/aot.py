@@ -113,7 +113,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
 
     begun = time.monotonic()
     gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
     try:
         kernel = triton.compile(source(variant), target=gpu, options=options)
     except Exception as error:  # whatever the compiler raises is this variant's result

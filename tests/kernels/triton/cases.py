@@ -18,12 +18,12 @@ from tests.kernels.strategies import random_weight
 
 FEW = Tile("few", up_to=16, tokens=16, strips=4, warps=4, stages=2, programs=1, k_warps=2)
 MIDDLE = Tile("middle", up_to=10_000, tokens=32, strips=8, warps=8, stages=2, programs=1)
-DECODE = Decode(strips=8, warps=4, stages=2, workspace_mib=0)
+DECODE = Decode(strips=4, k_warps=2, warps=4, stages=2, workspace_mib=0)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``group`` of the scheme; ``cut`` columns are sliced off the front, which refines groups. ``sparse``: a density, or
+    """``group`` of the scheme; ``cut`` columns are sliced off, which refines groups. ``sparse``: a density, or
     one of "none", "one", "row" (a full row), "strip" (one crowded strip)."""
 
     tokens: int

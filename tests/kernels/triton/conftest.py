@@ -38,7 +38,11 @@ class Interpreter:
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, get_context("spawn"), _start)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+            pool = ProcessPoolExecutor(1, get_context("spawn"), _start)
+            pool.submit(os.getpid).result()  # the process starts now, while the variable is set
+        return pool
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -54,9 +58,6 @@ class Interpreter:
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Interpreter]:
     pytest.importorskip("triton", reason="the package triton is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
-        interpreter = Interpreter()
-        interpreter(os.getpid)  # the process starts now, while the variable is set
-        yield interpreter
-        interpreter.close()
+    interpreter = Interpreter()
+    yield interpreter
+    interpreter.close()

@@ -1,5 +1,6 @@
 """The Triton kernels as an implementation that dispatch can choose. Importing this needs no GPU and no triton."""
 
+from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 
@@ -56,17 +57,22 @@ class Triton:
     def _table_of(self, x: torch.Tensor) -> Table:
         return self._table or table_of(x.device)
 
-    def warm_up(self, layers: list[Prepared], dtype: torch.dtype, device: torch.device) -> int:
-        """Runs every kernel that serving ``layers`` can reach, so that none is compiled later; returns how many calls
-        that took. Layers of one kind share their kernels and are run once."""
-        kinds = {_compiled_for(layer): layer for layer in layers if layer.implementation == self.name}
+    def warm_up(
+        self, layers: Iterable[Prepared], dtype: torch.dtype, device: torch.device, limit: int | None = None
+    ) -> int:
+        """Runs every kernel that serving ``layers`` with up to ``limit`` tokens can reach, with and without a bias:
+        none is compiled later. Layers of one kind share their kernels and run once. Returns the number of calls."""
+        kinds = {(layer.out_features, *layer.meta): layer for layer in layers if layer.implementation == self.name}
+        table = self._table or table_of(device)
         calls = 0
-        for layer in kinds.values():
-            shape = _layer(layer.meta)
-            for tokens in (self._table or table_of(device)).regimes(shape.bits, shape.kind == CODEBOOK):
-                x = torch.zeros(tokens, shape.in_features, dtype=dtype, device=device)
-                for bias in (None, x.new_zeros(layer.out_features)):
-                    self.apply(x, list(layer.tensors.values()), bias, layer.out_features, list(layer.meta))
+        for prepared in kinds.values():
+            layer = _layer(prepared.meta)
+            for tokens in table.regimes(layer.bits, layer.kind == CODEBOOK):
+                if limit is not None and tokens > limit:
+                    continue
+                x = torch.zeros(tokens, layer.in_features, dtype=dtype, device=device)
+                for bias in (None, x.new_zeros(prepared.out_features)):
+                    self.apply(x, list(prepared.tensors.values()), bias, prepared.out_features, list(prepared.meta))
                     calls += 1
         return calls
 
@@ -74,10 +80,6 @@ class Triton:
 @cache
 def _layer(meta: tuple[int, ...]) -> Layer:
     return Layer(*meta)
-
-
-def _compiled_for(prepared: Prepared) -> tuple[int | bool, ...]:
-    return (prepared.out_features, *prepared.meta)
 
 
 def supports(config: LayerConfig) -> tuple[bool, str]:

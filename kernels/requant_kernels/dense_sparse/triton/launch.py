@@ -95,7 +95,7 @@ def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Te
         "TOKENS": tile.tokens,
         "S": tile.strips,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     arrays = (out, call.x if bias is None else bias, codes, scales, entries, segments, bounds)
     if tile.kernel == "few":
         few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, **constants, **options)
@@ -177,6 +177,8 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         layer.scale_step,
         **call.constants(),
         S=decode.strips,
+        KW=decode.k_warps,
         num_warps=decode.warps,
         num_stages=decode.stages,
+        enable_fp_fusion=True,
     )

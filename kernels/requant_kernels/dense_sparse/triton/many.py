@@ -24,37 +24,41 @@ def decode_kernel(
     w_ptr, codes_ptr, scales_ptr, entries_ptr, segments_ptr, chunks_ptr,
     first_strip, rows, K, blocks, width, scale_step,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SPARSE: tl.constexpr, S: tl.constexpr,
+    KW: tl.constexpr,
 ):  # fmt: skip
     """w DT [rows, K] = dense + sparse of ``rows`` rows from strip ``first_strip`` on. Grid (ceil(rows / (16 * S)),).
 
-    A program writes the dense part of its strips, then adds their entries (each its own element) on top.
+    A program writes the dense part of its strips, KW blocks at a time, then adds their entries (each its own element).
     """
     DT: tl.constexpr = w_ptr.dtype.element_ty
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     R: tl.constexpr = 16 * S
+    t = tl.arange(0, S * KW)
+    kw = tl.arange(0, KW)
     row = tl.program_id(0) * R + tl.arange(0, R)
     first = first_strip + tl.program_id(0) * S
-    words_at = codes_ptr + ((first + tl.arange(0, S)).to(tl.int64) * blocks)[:, None] * (BITS * 128)
+    words_at = codes_ptr + ((first + t // KW).to(tl.int64) * blocks + t % KW)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
+    scales_at = scales_ptr + first * 16 + tl.arange(0, R)[None, :]
     levels = ()
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + first * 16, width, BITS, S)
-    for block in range(blocks):
-        words = load_words(words_at, BITS, S, 1)
-        words_at += BITS * 128
+    for start in range(0, blocks, KW):
+        words = load_words(words_at, BITS, S, KW)
+        words_at += KW * BITS * 128
         scales = ()
         if KIND != CODEBOOK:
-            n = first * 16 + tl.arange(0, R)
-            scales = load_rows(scales_ptr + block * scale_step + n[None, :], width, WORDS)
+            block = tl.minimum(start + kw, blocks - 1)
+            scales = load_rows(scales_at + (block * scale_step)[:, None], width, WORDS)
         for part in tl.static_range(256 // SPAN):
-            k = block * 256 + part * SPAN + tl.arange(0, SPAN)
-            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT)
+            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT)
             if KIND != CODEBOOK:
                 w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
                 w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-            to = w_ptr + row[:, None].to(tl.int64) * K + k[None, :]
-            tl.store(to, tl.reshape(w, (R, SPAN)), mask=(row < rows)[:, None] & (k < K)[None, :])
+            k = (start + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
+            to = w_ptr + row[None, :, None].to(tl.int64) * K + k
+            tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
     if SPARSE:
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
         for strip in tl.static_range(S):

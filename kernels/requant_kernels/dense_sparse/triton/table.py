@@ -51,9 +51,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Decode:
-    """Beyond every tile: weights are decoded into a workspace of at most ``workspace_mib`` MiB, then multiplied."""
+    """Beyond every tile: weights are decoded into a workspace of at most ``workspace_mib`` MiB, then multiplied.
+
+    A program decodes 16 * ``strips`` rows, ``k_warps`` blocks of 256 columns at a time.
+    """
 
     strips: int
+    k_warps: int
     warps: int
     stages: int
     workspace_mib: int
@@ -73,13 +77,15 @@ class Table:
         return next((tile for tile in self.tiles if tile.covers(tokens, bits, codebook)), None)
 
     def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
-        """Token counts, one for each way in which such a layer can run."""
-        ends = sorted({tile.up_to for tile in self.tiles})
-        counts = [*ends, ends[-1] + 1 if ends else 1]
-        chosen: dict[Tile | None, int] = {}
-        for tokens in counts:
-            chosen.setdefault(self.tile(tokens, bits, codebook), tokens)
-        return tuple(chosen.values())
+        """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them."""
+        starts = {1} | {tile.up_to + 1 for tile in self.tiles}
+        for tile in self.tiles:
+            starts.update(range(1, tile.up_to + 1, tile.tokens))
+        first: dict[tuple[Tile | None, int], int] = {}
+        for tokens in sorted(starts):
+            chosen = self.tile(tokens, bits, codebook)
+            first.setdefault((chosen, -(-tokens // chosen.tokens) if chosen else 0), tokens)
+        return tuple(first.values())
 
 
 def _tile(data: dict[str, Any]) -> Tile:

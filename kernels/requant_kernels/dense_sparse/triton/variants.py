@@ -63,8 +63,8 @@ def _variant(  # noqa: PLR0917
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
         constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
-        if kernel is few_kernel:
-            constants["KW"] = tile.k_warps
+    if kernel is not middle_kernel:
+        constants["KW"] = rule.k_warps
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
     name += (" sparse" if sparse else " dense") + (" partial" if partial else "")
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
@@ -101,11 +101,17 @@ def _cover() -> Iterator[Variant]:
     assert eight
     assert sixty_four
     assert most
-    for bits, group, kind in ((2, 128, SYMMETRIC), (3, 128, SYMMETRIC), (4, 32, ASYMMETRIC), (4, 256, CODEBOOK)):
+    for bits, group, kind in (
+        (2, 128, SYMMETRIC),
+        (3, 128, SYMMETRIC),
+        (4, 32, ASYMMETRIC),
+        (4, 256, CODEBOOK),
+        (8, 64, SYMMETRIC),
+    ):
         yield _variant("h200", one, bits, group, kind, "bf16")
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
-    yield _variant("h200", eight, 8, 16, ASYMMETRIC, "fp16", partial=True)
+    yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", partial=True)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", most, 8, 128, ASYMMETRIC, "bf16")

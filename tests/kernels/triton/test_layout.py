@@ -1,0 +1,128 @@
+"""The runtime layouts against their own description: naive loops read them back."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
+from requant_kernels.dense_sparse.triton.strips import (
+    BLOCK,
+    SPARE_BLOCKS,
+    STRIP,
+    build_strips,
+    code_value,
+    pack_strips,
+    unit,
+)
+from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.sparse import SparsePart
+
+from tests.kernels.strategies import random_weight
+
+
+def code_at(words: torch.Tensor, bits: int, row: int, column: int) -> int:
+    """Reads one code of int32 [strips, blocks, bits, 128] as strips.py describes it."""
+    block = words[row // STRIP, column // BLOCK]
+    plane, inside = divmod(column % BLOCK, 16)
+    kh, t, half = inside // 8, inside // 2 % 4, inside % 2
+    word = 16 * (row % STRIP % 8) + 4 * t + 2 * kh + row % STRIP // 8
+    halves = [(int(chosen) >> (16 * half)) & 0xFFFF for chosen in block[:, word]]
+    per_half = 16 // bits
+    if bits == 3 and plane == 15:
+        return sum((value >> 15) << bit for bit, value in enumerate(halves))
+    return (halves[plane // per_half] >> (plane % per_half * bits)) & ((1 << bits) - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_code_stands_where_the_description_says(bits):
+    codes = torch.randint(0, 1 << bits, (32, 512), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    words = pack_strips(codes, bits)
+    assert words.shape == (2, 2, bits, 128)
+    read = [[code_at(words, bits, row, column) for column in range(0, 512, 7)] for row in range(32)]
+    assert read == codes[:, ::7].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_centring_is_exact(bits, dtype):
+    codes = torch.arange(1 << bits)
+    values = code_value(codes, bits, dtype)
+    centred = (values[:, None].float() - values[None, :].float()).to(dtype).float() / unit(bits, dtype)
+    assert torch.equal(centred, (codes[:, None] - codes[None, :]).float())
+
+
+def test_a_step_word_holds_two_groups():
+    weight = random_weight(LayerScheme(WeightScheme(4, 64)), (20, 320))
+    strips = build_strips(weight)
+    assert (strips.blocks, strips.group, strips.rows) == (2, 64, 128)
+    assert strips.codes.shape == (8 * 2 + SPARE_BLOCKS, 4, 128)
+    assert strips.scales.shape == (2, 2, 128)
+    assert strips.scale_step == 2 * 128
+    halves = strips.scales.view(torch.bfloat16).view(2, 2, 128, 2)  # block, word, row, group of the word
+    for group in range(5):
+        block, within = divmod(group, 4)
+        step = halves[block, within // 2, :20, within % 2] * unit(4, torch.bfloat16)
+        assert torch.equal(step, weight.scale[:, group])
+
+
+def test_one_step_a_row_is_stored_once():
+    strips = build_strips(random_weight(LayerScheme(WeightScheme(3)), (20, 1024)))
+    assert strips.scales.shape == (1, 1, 128)
+    assert strips.scale_step == 0
+
+
+def dense(lists, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The sparse part read back, by lists."""
+    strips = len(lists.overflow) - 1
+    owner = [*range(strips)]
+    for strip in range(strips):
+        owner += [strip] * int(lists.overflow[strip + 1] - lists.overflow[strip])
+    read = torch.zeros(strips * STRIP, shape[1], dtype=dtype)
+    for strip, (start, end) in zip(owner, lists.bounds.tolist(), strict=False):
+        for chunk in range(start, end):
+            entries = lists.entries[chunk * CHUNK : (chunk + 1) * CHUNK]
+            entries = entries[entries >> 16 != 0]
+            values = (entries >> 16).to(torch.int16).view(dtype)
+            columns = (entries & 0xFFF) + lists.segments[chunk]
+            assert (columns.diff() >= 0).all()
+            read[strip * STRIP + ((entries >> 12) & 0xF), columns] += values
+    return read[: shape[0]]
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 60),
+    columns=st.sampled_from((1, 40, 300, SEGMENT + 5)),
+    density=st.sampled_from((0.0, 0.01, 0.3, 1.0)),
+    full_row=st.booleans(),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_lists_hold_every_entry_once_and_none_is_long(rows, columns, density, full_row, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn(rows, columns, generator=generator).to(dtype)
+    mask = torch.rand(rows, columns, generator=generator) < density
+    mask[-1] |= full_row
+    strips = 8
+    lists = build_lists(SparsePart.from_mask(values, mask), strips)
+    assert torch.equal(dense(lists, (rows, columns), dtype), values * mask)
+    chunks = len(lists.segments)
+    length = (lists.bounds[:, 1] - lists.bounds[:, 0]).max()
+    assert length <= max(SHORT, LONGEST * -(-chunks // strips))
+    assert lists.lists % 8 == 0
+    assert len(lists.entries) == CHUNK * chunks
+
+
+def test_a_full_row_becomes_overflow_lists():
+    mask = torch.zeros(64, 4096, dtype=torch.bool)
+    mask[20] = True
+    lists = build_lists(SparsePart.from_mask(torch.ones(64, 4096, dtype=torch.bfloat16), mask), 8)
+    assert lists.overflow.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1] or int(lists.overflow[-1]) >= 1
+    assert int(lists.overflow[1]) == 0
+
+
+def test_a_layer_without_entries_has_no_sparse_tensors():
+    from requant_kernels.dense_sparse.triton.layer import build
+
+    weight = random_weight(LayerScheme(WeightScheme(4, 64), SparseScheme()), (20, 128), density=0.0)
+    tensors, _ = build(weight)
+    assert list(tensors) == ["weight_packed", "weight_scale"]

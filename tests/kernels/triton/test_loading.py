@@ -1,0 +1,77 @@
+"""No import needs triton or a GPU; after warm-up nothing is compiled."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from requant_kernels.dense_sparse.interface import LayerConfig
+from requant_kernels.dense_sparse.triton import IMPLEMENTATION
+from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+
+from tests.kernels.strategies import random_weight
+from tests.kernels.triton.cases import FEW, MIDDLE, Case
+
+
+def test_importing_needs_no_triton():
+    script = "import sys; sys.modules['triton'] = None; from requant_kernels.dense_sparse.triton import IMPLEMENTATION"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def warmed_up() -> tuple[int, int]:
+    from requant_kernels.dense_sparse.triton.implementation import Triton
+    from requant_kernels.dense_sparse.triton.table import Table
+
+    case = Case(1, 1, 1)
+    implementation = Triton(Table((), "test", (FEW, MIDDLE), case.table.decode))
+    weight = random_weight(LayerScheme(WeightScheme(2, 32)), (16, 32))
+    prepared = implementation.prepare(weight, LayerConfig.of(weight, torch.bfloat16, torch.device("cpu")))
+    calls = implementation.warm_up([prepared], torch.bfloat16, torch.device("cpu"), limit=40)
+    return calls, implementation.warm_up([prepared, prepared], torch.bfloat16, torch.device("cpu"), limit=40)
+
+
+def test_layers_of_one_kind_are_warmed_up_once(interpreted):
+    once, twice = interpreted(warmed_up)
+    assert once == twice == 6  # one few, one and two middle tiles up to 40 tokens, with and without bias
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_after_warm_up():
+    from requant_kernels.dense_sparse.triton import few, fixup, many, middle
+
+    kernels = (few.few_kernel, middle.middle_kernel, many.decode_kernel, fixup.reduce_kernel, fixup.transpose_kernel)
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    device = torch.device("cuda")
+    weight = random_weight(LayerScheme(WeightScheme(4, 128), SparseScheme()), (384, 1024))
+    prepared = IMPLEMENTATION.prepare(weight, LayerConfig.of(weight, torch.bfloat16, device))
+    IMPLEMENTATION.warm_up([prepared], torch.bfloat16, device)
+    before = compiled()
+    for tokens in (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 128, 255, 256, 257, 1000):
+        x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device=device)
+        IMPLEMENTATION.apply(x, list(prepared.tensors.values()), None, 384, list(prepared.meta))
+    assert compiled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 64, 300])
+def test_the_same_input_gives_the_same_bits_in_a_graph_too(tokens):
+    device = torch.device("cuda")
+    weight = random_weight(LayerScheme(WeightScheme(4, 128), SparseScheme()), (512, 4096))
+    prepared = IMPLEMENTATION.prepare(weight, LayerConfig.of(weight, torch.bfloat16, device))
+    x = torch.randn(tokens, 4096, dtype=torch.bfloat16, device=device)
+
+    def apply() -> torch.Tensor:
+        return IMPLEMENTATION.apply(x, list(prepared.tensors.values()), None, 512, list(prepared.meta))
+
+    first = apply()
+    assert all(torch.equal(first, apply()) for _ in range(5))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = apply()
+    for _ in range(5):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(first, captured)

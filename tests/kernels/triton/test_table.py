@@ -1,0 +1,91 @@
+"""Launch tables: every layer and token count finds one way to run; bad tables are refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from requant_kernels.dense_sparse.interface import LayerConfig
+from requant_kernels.dense_sparse.triton import IMPLEMENTATION
+from requant_kernels.dense_sparse.triton.implementation import supports
+from requant_kernels.dense_sparse.triton.table import choose, parse, tables
+from requant_kernels.scheme import LayerScheme, WeightScheme
+
+TILE = {"kernel": "few", "up_to": 8, "tokens": 8, "strips": 1, "warps": 4, "stages": 3, "programs": 100, "k_warps": 4}
+DECODE = {"strips": 1, "k_warps": 4, "warps": 4, "stages": 2, "workspace_mib": 32}
+TABLE = {"names": ["X1"], "source": "test", "tiles": [TILE], "decode": DECODE}
+CONFIG = LayerConfig(
+    LayerScheme(WeightScheme(4, 64)), 64, 128, 64, 0, torch.bfloat16, torch.bfloat16, torch.device("cuda")
+)
+
+
+@pytest.mark.parametrize("name", tables())
+def test_shipped_tables_cover_every_layer_from_one_token_on(name):
+    table = tables()[name]
+    for bits, codebook in ((2, False), (3, False), (4, False), (8, False), (4, True)):
+        first = table.tile(1, bits, codebook)
+        assert first is not None
+        assert first.kernel == "few"
+        regimes = table.regimes(bits, codebook)
+        assert regimes[0] >= 1
+        reached = {table.tile(tokens, bits, codebook) for tokens in range(1, 2000)}
+        assert {table.tile(tokens, bits, codebook) for tokens in regimes} == reached
+        assert None in reached
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("Other", "default"),
+    ],
+)
+def test_the_device_name_chooses_the_table(device, name):
+    assert choose(device)[0] == name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kernel": "fast"}, "'fast' is not 'few' or 'middle'"),
+        ({"up_to": 9}, "8 tokens do not hold up_to 9"),
+        ({"kernel": "middle"}, "k_warps must be 1"),
+        ({"blocks": 3}, "unknown key 'blocks'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_bad_tile_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse(TABLE | {"tiles": [TILE | change]})
+
+
+def test_a_table_survives_json():
+    assert parse(json.loads(json.dumps(TABLE))) == parse(TABLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float32}, "serve with --dtype bfloat16 or float16"),
+        ({"stored_dtype": torch.float16}, "serve in one dtype"),
+        ({"group_size": 8}, "groups of 8 columns after slicing"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_do_not_cover_is_said(change, reason):
+    able, why = supports(replace(CONFIG, **change))
+    assert not able
+    assert reason in why
+
+
+def test_covered_layers():
+    assert supports(CONFIG) == (True, "")
+    assert supports(replace(CONFIG, group_size=100, in_features=100)) == (True, "")
+
+
+def test_a_cpu_is_refused():
+    able, why = IMPLEMENTATION.can_implement(replace(CONFIG, device=torch.device("cpu")))
+    assert not able
+    assert "not on cpu" in why
