@@ -24,14 +24,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-SOURCES = ("requant_kernels.dense_sparse.triton.variants",)
+SOURCES = ("requant_kernels.dense_sparse.triton.variants", "requant_kernels.w8a8.triton.variants")
 NVIDIA = ("80", "89", "90", "100")
 AMD = ("gfx942",)
 SHARED_MEMORY = {"80": 166912, "89": 101376, "90": 232448, "100": 232448, "gfx942": 65536}  # bytes a program
 MATRIX = {  # instruction -> how machine code shows it
-    "mma": r"\bHMMA\.",
-    "wgmma": r"\bHGMMA\.",
-    "tcgen05": r"\bUTC[HO]MMA",
+    "mma": r"\b[HI]MMA\.",
+    "wgmma": r"\b[HI]GMMA\.",
+    "tcgen05": r"\bUTC[HIO]MMA",
     "mfma": r"\bv_mfma_",
 }
 

@@ -1,4 +1,4 @@
-"""Any exact int8 product of a CPU, with rounding before and scaling after it in plain torch."""
+"""Any exact int8 product of PyTorch, with rounding before and scaling after it in plain torch."""
 
 from functools import cached_property
 
@@ -18,7 +18,7 @@ class Accumulating:
         self.name, self._product = product.name, product
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
-        if config.device.type != "cpu":
+        if config.device.type not in self._product.devices:
             return False, f"runs on a CPU, not on {config.device.type}"
         return not self._missing, self._missing
 
@@ -28,7 +28,8 @@ class Accumulating:
 
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
         """operand: what the product makes of the codes."""
-        runtime = Runtime.of(weight, self._product.pack(weight.codes), weight.scale.float())
+        there = weight.to(config.device)
+        runtime = Runtime.of(there, self._product.pack(there.codes), there.scale.float())
         tensors, meta = runtime.store()
         return Prepared(self.name, weight.out_features, tensors, meta)
 

@@ -8,10 +8,11 @@ from requant_kernels.w8a8.accumulating import Accumulating
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.onednn import OneDnn
 from requant_kernels.w8a8.products import Fbgemm, Float32, IntMm
+from requant_kernels.w8a8.triton import IMPLEMENTATION as TRITON
 from requant_kernels.w8a8.weight import W8A8Weight
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    one.name: one for one in (OneDnn(), Accumulating(IntMm()), Accumulating(Fbgemm()), Accumulating(Float32()))
+    one.name: one for one in (TRITON, OneDnn(), Accumulating(IntMm()), Accumulating(Fbgemm()), Accumulating(Float32()))
 }
 
 

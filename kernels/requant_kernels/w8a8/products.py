@@ -1,6 +1,6 @@
-"""The int8 products of PyTorch on a CPU: codes int8 [M, K] times a weight int8 [N, K], summed exactly.
+"""The int8 products of PyTorch: codes int8 [M, K] times a weight int8 [N, K], summed exactly.
 
-Which is fastest depends on the processor; which is right depends on it too (saturation.py).
+On a CPU, which is fastest depends on the processor; which is right depends on it too (saturation.py).
 """
 
 import warnings
@@ -15,6 +15,7 @@ from requant_kernels.w8a8 import saturation
 
 class Product(Protocol):
     name: str
+    devices: tuple[str, ...]
 
     def unavailable(self) -> str:
         """Why it can not be used in this process; empty where it can."""
@@ -33,6 +34,7 @@ class IntMm:
     """``torch._int_mm``: exact and fast with VNNI instructions, saturating without."""
 
     name = "int_mm"
+    devices: tuple[str, ...] = ("cpu",)
 
     def unavailable(self) -> str:
         return saturation.unavailable(self.multiply)
@@ -54,6 +56,7 @@ class Fbgemm:
     """
 
     name = "fbgemm"
+    devices: tuple[str, ...] = ("cpu",)
 
     def unavailable(self) -> str:
         return saturation.unavailable(lambda codes, weight: self.multiply(codes, self.pack(weight)))
@@ -97,6 +100,7 @@ class Float32:
     """The codes as floats: right everywhere, to the rounding of fp32 sums beyond 2**24."""
 
     name = "float32"
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def unavailable(self) -> str:
         return ""

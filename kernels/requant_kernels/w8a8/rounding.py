@@ -1,5 +1,4 @@
-"""Rounds the input on a CPU: vLLM's fused operators where they are loaded and equal the definition, else the
-definition."""
+"""Rounds the input: with vLLM's fused CPU operators where they are loaded and equal the definition, else by it."""
 
 from functools import cache
 
@@ -13,7 +12,7 @@ def round_input(
     x: torch.Tensor, scheme: ActivationScheme, scale: torch.Tensor | None, zero_point: torch.Tensor | None
 ) -> QuantizedInput:
     """``quantize_input`` of the reference, bit for bit: x [M, K]; scale fp32 [1] and zero_point [1] where static."""
-    if scheme.symmetric and fused_is_exact():
+    if scheme.symmetric and x.device.type == "cpu" and fused_is_exact():
         return _fused(x, scale)
     return quantize_input(x, scheme, scale, zero_point)
 

@@ -1,4 +1,4 @@
-"""What every CPU implementation keeps of a layer beside its own form of the codes."""
+"""What every implementation keeps of a layer beside its own form of the codes."""
 
 from typing import NamedTuple, Self
 
@@ -11,8 +11,8 @@ from requant_kernels.w8a8.weight import W8A8Weight
 
 
 class Runtime(NamedTuple):
-    """operand: the codes in an implementation's own form; weight_scale and weight_sums (of the codes of each row)
-    fp32 [N]; input_scale fp32 [1] and input_zero_point int32 [1] where the scheme stores them."""
+    """operand: the codes in an implementation's own form; weight_scale fp32 and weight_sums (of the codes of each row)
+    int32 [N]; input_scale fp32 [1] and input_zero_point int32 [1] where the scheme stores them."""
 
     scheme: ActivationScheme
     operand: torch.Tensor
@@ -29,7 +29,7 @@ class Runtime(NamedTuple):
             weight.scheme.activations,
             operand,
             weight_scale,
-            weight.codes.sum(1, dtype=torch.int32).float(),
+            weight.codes.sum(1, dtype=torch.int32),
             None if weight.input_scale is None else weight.input_scale.float(),
             None if zero_point is None else zero_point.to(torch.int32),
         )

@@ -6,3 +6,7 @@ with contextlib.suppress(ImportError):
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+
+from tests.kernels.triton.conftest import interpreted
+
+__all__ = ["interpreted"]

@@ -1,0 +1,59 @@
+# Triton's language, typed by its own compiler; the arguments of a kernel are positional.
+# mypy: ignore-errors
+# ruff: noqa: PLR0917
+"""Codes times codes on the tensor cores, for any number of tokens."""
+
+import triton
+import triton.language as tl
+
+from requant_kernels.w8a8.triton.steps import finish
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["bias_ptr"])
+def product_kernel(
+    codes_ptr, scale_ptr, zero_ptr, weight_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_ptr, M, N, K,
+    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """y [M, N]; with PARTIAL the sums of this program's share of the columns, int32 [splits, M, N].
+
+    codes int8 [M, K], weight int8 [N, K]. Grid (token tiles * row tiles, splits). EVEN: COLUMNS divides K.
+    """
+    tiles_m = tl.cdiv(M, TOKENS)
+    tiles_n = tl.cdiv(N, ROWS)
+    # GROUP token tiles at a time walk along the rows, so that what they share of the weight is still in the cache
+    program = tl.program_id(0)
+    group = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = program % (GROUP * tiles_n)
+    m = (group * GROUP + within % height) * TOKENS + tl.arange(0, TOKENS)
+    n = within // height * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, COLUMNS)
+
+    split = tl.program_id(1)
+    share = tl.cdiv(tl.cdiv(K, COLUMNS), tl.num_programs(1)) * COLUMNS
+    start = split * share
+    stop = tl.minimum(K, start + share)
+    # tokens and rows beyond the last repeat it: their sums are never stored
+    codes_at = codes_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + k[None, :]
+    weight_at = weight_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + k[:, None]
+    sums = tl.zeros((TOKENS, ROWS), tl.int32)
+    for first in range(start, stop, COLUMNS):
+        if EVEN:
+            codes = tl.load(codes_at + first)
+            weight = tl.load(weight_at + first)
+        else:
+            live = first + k < K
+            codes = tl.load(codes_at + first, mask=live[None, :], other=0)
+            weight = tl.load(weight_at + first, mask=live[:, None], other=0)
+        sums = tl.dot(codes, weight, sums, out_dtype=tl.int32)
+
+    live = (m < M)[:, None] & (n < N)[None, :]
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    if PARTIAL:
+        tl.store(out_ptr + split.to(tl.int64) * M * N + at, sums, mask=live)
+    else:
+        scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
+        zero = tl.load(zero_ptr + m, mask=m < M, other=0)
+        y = finish(sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, m, n, N, SYMMETRIC, BIAS)
+        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
