@@ -48,8 +48,10 @@ def bars(cells: list[Cell], model: str, copy: float) -> list[str]:
             bare, sparse = (total(cells, model, kernel, density, tokens) for density in (0.0, 0.005))
             if not (peer and bare and sparse):
                 continue
+            share = sparse[1] / sparse[0] * 1e6 / copy
+            speed, cost = peer[0] / sparse[0], sparse[0] / bare[0] - 1
             result.append(
-                f"  {tokens:>5} tokens {kernel}: {sparse[0]:>8.1f} us, {sparse[1] / sparse[0] * 1e6 / copy:>6.1%} of"
-                f" copy bandwidth, {peer[0] / sparse[0]:>5.2f}x cuBLAS, 0.5 % sparse costs {sparse[0] / bare[0] - 1:+.1%}"
+                f"  {tokens:>5} tokens {kernel}: {sparse[0]:>8.1f} us, {share:>6.1%} of copy bandwidth, "
+                f"{speed:>5.2f}x cuBLAS, 0.5 % sparse costs {cost:+.1%}"
             )
     return result

@@ -17,6 +17,7 @@ from benchmarks.kernel_timing.shapes import Shape
 
 ENDS = (1, 4, 8, 16, 32, 64, 128, 256)  # tokens up to which a tile may serve
 SCHEME = (4, 128, 0.005)
+SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer runs
 
 
 def candidates(up_to: int, processors: int) -> Iterator[Tile]:
@@ -33,7 +34,7 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
 
 
 def _only(tile: Tile | None, decode: Decode) -> Table:
-    return Table((), "candidate", (replace(tile, up_to=tile.up_to),) if tile else (), decode)
+    return Table((), "candidate", (tile,) if tile else (), decode)
 
 
 def _time(table: Table, tokens: int, prepared: list[tuple[Shape, Any, Any]], setting: Setting) -> float:
@@ -44,6 +45,17 @@ def _time(table: Table, tokens: int, prepared: list[tuple[Shape, Any, Any]], set
         x = layers.activations(tokens, shape, setting)
         total += microseconds(layers.calls(implementation, layer, copies, x), setting.device)
     return total
+
+
+def _compiled(tiles: list[Tile], up_to: int, decode: Decode, setting: Setting) -> dict[Tile, str]:
+    """What goes wrong with each tile, whatever its ``programs``; both its variants, split and whole, are compiled."""
+    unique = list(dict.fromkeys(replace(tile, programs=1) for tile in tiles))
+    variants = [(tile, replace(tile, programs=programs)) for tile in unique for programs in (1, 10**6)]
+    jobs = [Job(SMALL, *SCHEME, (up_to,), _only(variant, decode)) for _, variant in variants]
+    failures = dict.fromkeys(unique, "")
+    for (tile, _), failure in zip(variants, compile_all(jobs, setting), strict=True):
+        failures[tile] = failures[tile] or failure
+    return failures
 
 
 def tune(shapes: tuple[Shape, ...], setting: Setting) -> tuple[dict[str, Any], list[str]]:
@@ -59,20 +71,17 @@ def tune(shapes: tuple[Shape, ...], setting: Setting) -> tuple[dict[str, Any], l
     log: list[str] = []
     for up_to in ENDS:
         tiles = list(candidates(up_to, processors))
-        jobs = [Job(shapes[0], bits, group, density, (up_to,), _only(tile, decode)) for tile in tiles]
-        failures = compile_all(jobs, setting)
+        failures = _compiled(tiles, up_to, decode, setting)
         timed = [
             (_time(_only(tile, decode), up_to, prepared, setting), tile)
-            for tile, failure in zip(tiles, failures, strict=True)
-            if not failure
+            for tile in tiles
+            if not failures[replace(tile, programs=1)]
         ]
         if not timed:
-            raise RuntimeError(f"no candidate runs at {up_to} tokens: {failures[0]}")
+            raise RuntimeError(f"no candidate runs at {up_to} tokens: {next(iter(failures.values()))}")
         best, tile = min(timed, key=lambda pair: pair[0])
         decoded = _time(_only(None, decode), up_to, prepared, setting)
-        log.append(
-            f"{up_to:>5} tokens: {best:>8.1f} us by {tile}; decoded {decoded:.1f} us; {len(timed)} tiles measured"
-        )
+        log.append(f"{up_to:>5} tokens: {best:.1f} us by {tile}; decoded {decoded:.1f} us; {len(timed)} measured")
         if decoded < best:
             break
         chosen.append(tile)
