@@ -1,7 +1,7 @@
 """A recipe: all that decides the bytes of a checkpoint, apart from the model. Validated; presets are YAML data."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -10,30 +10,55 @@ import yaml
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 
 from requant.errors import InputError
+from requant.settings import (
+    BASES,
+    CODEBOOK,
+    DATA_FREE,
+    PARTS,
+    TRAINED,
+    Calibration,
+    Distillation,
+    Selection,
+    Training,
+    part_from_dict,
+)
 
-BASES = ("rtn",)
 DEFAULT = "rtn-w4"
 MAX_OUTLIERS = 0.1  # beyond it, CSR costs more than a wider dense part gains
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """``outliers``: share of each matrix's entries in the sparse part. ``ignore``: regular expressions; a linear
-    layer whose full name one of them matches stays as it is. Raises InputError, or SchemeError of ``weights``."""
+    """``outliers``, ``significant``: shares of all entries in the sparse part, chosen as ``selection`` says.
+    ``training``: of the base ``learned``, by block; ``distillation``: of the same, through the whole model, off at 0
+    steps. ``ignore``: regular expressions; a linear layer whose full name one of them matches stays as it is. Raises
+    InputError, or SchemeError of ``weights``."""
 
     weights: WeightScheme
     base: str = "rtn"
     outliers: float = 0.0
+    significant: float = 0.0
+    calibration: Calibration = field(default_factory=Calibration)
+    selection: Selection = field(default_factory=Selection)
+    training: Training = field(default_factory=Training)
+    distillation: Distillation = field(default_factory=Distillation)
     ignore: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.base not in BASES:
             raise InputError(f"recipe: base {self.base!r} is not one of: {', '.join(BASES)}")
-        if not 0 <= self.outliers <= MAX_OUTLIERS:
-            raise InputError(
-                f"recipe: outliers {self.outliers:.2%} is outside 0 % to {MAX_OUTLIERS:.0%} (half a percent is '0.5%')"
-            )
+        for name in ("outliers", "significant"):
+            share = getattr(self, name)
+            if not 0 <= share <= MAX_OUTLIERS:
+                raise InputError(
+                    f"recipe: {name} {share:.2%} is outside 0 % to {MAX_OUTLIERS:.0%} (half a percent is '0.5%')"
+                )
+        if self.weights.codebook != (self.base in CODEBOOK):
+            needed = str(self.base in CODEBOOK).lower()
+            raise InputError(f"recipe: base {self.base!r} needs weights.codebook {needed}")
+        if self.distillation.steps and self.base not in TRAINED:
+            raise InputError(f"recipe: distillation trains the base {TRAINED[0]!r}, not {self.base!r}")
         for pattern in self.ignore:
             try:
                 re.compile(pattern)
@@ -44,11 +69,17 @@ class Recipe:
 
     @property
     def layer_scheme(self) -> LayerScheme:
-        return LayerScheme(self.weights, SparseScheme() if self.outliers else None)
+        return LayerScheme(self.weights, SparseScheme() if self.outliers or self.significant else None)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it takes calibration text, and so the whole model at once."""
+        adaptive = self.outliers > 0 and self.selection.rule != "magnitude"
+        return self.base not in DATA_FREE or self.significant > 0 or adaptive
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Self:
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls)]
         if not isinstance(data, dict) or "weights" not in data:
             raise InputError(f"{where}: expected a mapping with at least the key 'weights'")
         if unknown := sorted(set(data) - set(known)):
@@ -61,6 +92,8 @@ class Recipe:
             | {
                 "weights": WeightScheme.from_dict(data["weights"]),
                 "outliers": parse_ratio(data.get("outliers", 0.0)),
+                "significant": parse_ratio(data.get("significant", 0.0)),
+                **{key: part_from_dict(kind, data.get(key, {}), f"{where}: {key}") for key, kind in PARTS.items()},
                 "ignore": tuple(ignore),
             }
         )

@@ -4,15 +4,25 @@ Entries are given back their original value in steps; after each, the sensitivit
 anew, because the path it is integrated along has changed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from requant.sensitivity.measure import Measurement, Sensitivity
-from requant.sensitivity.pqi import Path
+from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.selection import top_k
 
-Chosen = dict[str, torch.Tensor]
+Indices = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Significant:
+    """indices: flat, int64, ascending, by name. completeness: of each step's integral; empty where the criterion takes
+    none along the path."""
+
+    indices: Indices
+    completeness: list[Completeness]
 
 
 def select(
@@ -23,42 +33,41 @@ def select(
     *,
     steps: int = 2,
     per_matrix: bool = False,
-) -> Chosen:
-    """Flat indices (int64, ascending) of ``count`` entries over all matrices, by name, taken in ``steps`` equal parts.
+    taken: Mapping[str, torch.Tensor] | None = None,
+) -> Significant:
+    """The ``count`` most sensitive entries of all matrices outside ``taken`` (flat indices), in ``steps`` equal parts.
 
     ``path`` runs from the original to the quantized weights. Chosen entries get their original value at its end, in
     place. ``per_matrix``: the same share of each matrix instead of one global ranking. Raises ValueError where there
     are fewer than ``count`` entries, or a loss is not finite.
     """
-    chosen = {name: torch.empty(0, dtype=torch.int64) for name in path.parameters}
+    nothing = torch.empty(0, dtype=torch.int64)
+    chosen = dict.fromkeys(path.parameters, nothing)
+    closed = {name: nothing if taken is None else taken[name] for name in path.parameters}
+    integrals = []
     for step in range(steps):
         part = count * (step + 1) // steps - count * step // steps
-        best = _best(sensitivity.measure(path, samples), part, chosen, per_matrix)
-        for name, index in best.items():
+        measurement = sensitivity.measure(path, samples)
+        if sensitivity.criterion.rule == "path":
+            integrals.append(measurement.completeness(samples))
+        for name, index in _best(measurement, part, closed, per_matrix).items():
             chosen[name] = torch.cat([chosen[name], index]).sort().values
+            closed[name] = torch.cat([closed[name], index])
             path.end[name].view(-1)[index] = path.start[name].flatten()[index].to(path.end[name].dtype)
-    return chosen
+    return Significant(chosen, integrals)
 
 
-def masks(chosen: Chosen, path: Path) -> dict[str, torch.Tensor]:
-    """bool [N, K] by name, True at the flat indices ``chosen``."""
-    found = {name: torch.zeros(parameter.shape, dtype=torch.bool) for name, parameter in path.parameters.items()}
-    for name, index in chosen.items():
-        found[name].view(-1)[index] = True
-    return found
-
-
-def _best(measurement: Measurement, count: int, taken: Chosen, per_matrix: bool) -> Chosen:
+def _best(measurement: Measurement, count: int, closed: Indices, per_matrix: bool) -> Indices:
     def open_scores() -> Iterator[tuple[str, torch.Tensor]]:
         for name, scores in measurement.scores():
             flat = scores.flatten()
-            flat[taken[name]] = -float("inf")
+            flat[closed[name]] = -float("inf")
             yield name, flat
 
     if not per_matrix:
         return top_k(open_scores, count)
     total = sum(parameter.numel() for parameter in measurement.path.parameters.values())
-    best: Chosen = {}
+    best: Indices = {}
     for name, scores in open_scores():
         best |= top_k([(name, scores)].copy, round(count * scores.numel() / total))
     return best

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from requant.sensitivity.criteria import Criterion, Evidence
-from requant.sensitivity.pqi import Path, PathGradients
+from requant.sensitivity.pqi import Completeness, Path, PathGradients, completeness
 from requant.sensitivity.quadrature import Rule
 from requant.sensitivity.store import TensorStore
 
@@ -38,6 +38,10 @@ class Measurement:
                     )
                 ),
             )
+
+    def completeness(self, samples: Sequence[torch.Tensor]) -> Completeness:
+        """Of the path integral behind the scores, against the loss of ``samples`` at both ends."""
+        return completeness(self.path, self.gradients, samples)
 
     def means(self) -> dict[str, float]:
         """The mean score of each matrix: the statistic of the PQI paper's Table 4, which Algorithm 1 uses."""

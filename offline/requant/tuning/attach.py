@@ -6,12 +6,10 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.utils import parametrize
 
-from requant.quantizers.learned import LearnedRounding
-
 
 @contextmanager
-def trainable(layers: Mapping[str, nn.Linear], roundings: Mapping[str, LearnedRounding]) -> Iterator[None]:
-    """Inside, each of ``layers`` computes with the weight of its rounding (same names); its own one returns after."""
+def trainable(layers: Mapping[str, nn.Linear], roundings: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, each of ``layers`` computes with the weight that its rounding gives; its own returns after."""
     for name, rounding in roundings.items():
         layers[name].weight.requires_grad_(False)
         parametrize.register_parametrization(layers[name], "weight", rounding)

@@ -4,23 +4,12 @@ The idea of AutoRound (arXiv 2309.05516) and BRECQ (arXiv 2102.05426): the error
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import mse_loss
 
 from requant.quantizers.learned import LearnedRounding
-
-
-@dataclass(frozen=True)
-class Training:
-    """``steps`` of Adam on ``batch`` samples each; ``rate``: of offsets in quantization steps and of ranges, relative;
-    it falls linearly to zero."""
-
-    steps: int = 100
-    batch: int = 8
-    rate: float = 0.02
-    seed: int = 0
+from requant.settings import Training
 
 
 def train_block(
@@ -28,11 +17,12 @@ def train_block(
     roundings: Sequence[LearnedRounding],
     samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
     training: Training,
+    seed: int = 0,
 ) -> list[float]:
     """Trains ``roundings`` so that ``run`` (the block that computes with them) maps the first of each of ``samples`` to
     the second, both [1, T, C]; returns the mean squared error at every step."""
     optimizer = torch.optim.Adam([p for rounding in roundings for p in rounding.parameters()], betas=(0.9, 0.95))
-    generator = torch.Generator().manual_seed(training.seed)
+    generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(training.steps):
         optimizer.param_groups[0]["lr"] = training.rate * (1 - step / training.steps)

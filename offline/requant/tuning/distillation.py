@@ -6,7 +6,6 @@ used up by the optimizer at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,35 +15,17 @@ from transformers import PreTrainedModel
 from requant.quantizers.learned import LearnedRounding
 from requant.sensitivity.store import TensorStore
 from requant.sensitivity.streaming import streamed_gradients
+from requant.settings import Distillation
 from requant.tuning.adam import StreamedAdam
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
 
 
-@dataclass(frozen=True)
-class Distillation:
-    """steps of ``batch`` samples each; rates rise over the first tenth of the steps and fall linearly to zero.
-
-    ``rate``: of offsets, in quantization steps; ``range_rate``: of the ends of ranges, relative; ``value_rate``: of the
-    sparse part, relative to the mean size of its values.
-    """
-
-    steps: int = 100
-    batch: int = 4
-    rate: float = 0.005
-    range_rate: float = 0.001
-    value_rate: float = 0.002
-    seed: int = 0
-
-    def share(self, step: int) -> float:
-        """Of the full rates, at ``step`` (from 0)."""
-        warmup = self.steps // 10 + 1
-        return min((step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup))
-
-    def rate_of(self, kind: str, parameter: torch.Tensor) -> float:
-        if kind == "values":
-            return self.value_rate * float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
-        return self.rate if kind == "offset" else self.range_rate
+def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float:
+    """The full rate of a rounding's parameter: its offset, its sparse values, or an end of its ranges."""
+    if kind == "values":
+        return settings.value_rate * float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
+    return settings.rate if kind == "offset" else settings.range_rate
 
 
 def final_state(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -77,6 +58,8 @@ def distill(
     roundings: Mapping[str, LearnedRounding],
     samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
     settings: Distillation,
+    *,
+    seed: int = 0,
 ) -> list[float]:
     """Trains ``roundings``, with which the linear layers of ``blocks`` compute; returns the divergence at every step.
 
@@ -87,9 +70,9 @@ def distill(
         for layer, rounding in roundings.items()
         for kind, parameter in rounding.named_parameters()
     }
-    rates = {name: settings.rate_of(name.rpartition(".")[2], parameter) for name, parameter in parameters.items()}
+    rates = {name: rate_of(name.rpartition(".")[2], parameter, settings) for name, parameter in parameters.items()}
     adam = StreamedAdam(parameters, rates, TensorStore(), TensorStore())
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     with streamed_gradients(blocks, parameters, adam.update):
         for step in range(settings.steps):

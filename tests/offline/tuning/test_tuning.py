@@ -5,10 +5,11 @@ import torch
 from requant.quantizers import clip
 from requant.quantizers.learned import LearnedRounding
 from requant.sensitivity.store import TensorStore
+from requant.settings import Distillation, Training
 from requant.tuning.adam import EPSILON, FIRST_DECAY, SECOND_DECAY, StreamedAdam
 from requant.tuning.attach import trainable
-from requant.tuning.blockwise import Training, train_block
-from requant.tuning.distillation import Distillation, distill, divergence, final_state
+from requant.tuning.blockwise import train_block
+from requant.tuning.distillation import distill, divergence, final_state
 from requant.walk import block_calls, run_block
 from requant_kernels.scheme import WeightScheme
 from torch import nn

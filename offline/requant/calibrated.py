@@ -1,0 +1,185 @@
+"""Calibrated quantization of a model in memory: choose the sparse entries, quantize block by block around them, then
+train what is still free through the whole model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from requant_kernels.scheme import LayerScheme
+from requant_kernels.weight import DenseSparseWeight
+from torch import nn
+from transformers import PreTrainedModel
+
+from requant import models
+from requant.aweq.rewrite import Rewriter
+from requant.detach.choice import Budget, choose
+from requant.progress import track
+from requant.quantizers import awq, kmeans, rtn
+from requant.quantizers.bases import BASES, Rounding, Task
+from requant.quantizers.dense import attach_residual
+from requant.quantizers.learned import LearnedRounding
+from requant.recipe import Recipe
+from requant.sensitivity.pqi import Completeness, Path
+from requant.sensitivity.quadrature import nodes
+from requant.settings import EQUALIZED, FISHER
+from requant.statistics import InputStatistics, collect
+from requant.tuning.attach import trainable
+from requant.tuning.blockwise import train_block
+from requant.tuning.distillation import distill, final_state
+from requant.walk import block_calls, run_block
+
+Samples = Sequence[torch.Tensor]
+Masks = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
+    original's predictions at each step of distillation, nats per token."""
+
+    layers: dict[str, DenseSparseWeight]
+    integrals: list[Completeness]
+    divergences: list[float]
+
+
+@dataclass(frozen=True)
+class CalibratedRun:
+    """``network`` computes in fp32 and is stored in ``dtype``; ``schemes``: the layers to quantize, by full name.
+
+    The network's norms may be rewritten (AWQ), and then the linear layers that read them; all else stays.
+    """
+
+    network: PreTrainedModel
+    architecture: models.Architecture
+    schemes: Mapping[str, LayerScheme]
+    recipe: Recipe
+    dtype: torch.dtype
+
+    def quantize(self, samples: Samples) -> Calibrated:
+        """samples: token ids int64 [1, T] of one length. Raises InputError for a layer that no token reaches, and
+        ValueError where a loss is not finite."""
+        self.network.requires_grad_(False)
+        masks, integrals = self._sparse_entries(samples)
+        importance = self._fisher(samples) if self.recipe.base in FISHER else {}
+        teacher = self._teacher(samples)
+        roundings = self._blocks(samples, masks, importance)
+        divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
+        return Calibrated(
+            {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}, integrals, divergences
+        )
+
+    @property
+    def _linears(self) -> dict[str, nn.Linear]:
+        found = models.linears(self.network, self.architecture)
+        return {name: linear for name, linear in found.items() if name in self.schemes}
+
+    def _path(self, rounded: bool) -> Path:
+        """From the model's weights to their first quantization, or to themselves."""
+        parameters = {name: linear.get_parameter("weight") for name, linear in self._linears.items()}
+        start = {name: weight.detach().clone() for name, weight in parameters.items()}
+        end = {name: self._first_rounded(name, weight, None) for name, weight in start.items()} if rounded else start
+        blocks = [block for _, block in models.blocks(self.network, self.architecture)]
+        return Path(blocks, parameters, self._loss, start, end)
+
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.network(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def _first_rounded(self, name: str, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        scheme = self.schemes[name].weights
+        quantize = kmeans.quantize if scheme.codebook else rtn.quantize
+        decoded = quantize(weight, scheme, dtype=self.dtype, excluded=mask).dequantize()
+        return decoded if mask is None else torch.where(mask, weight, decoded)
+
+    def _sparse_entries(self, samples: Samples) -> tuple[Masks, list[Completeness]]:
+        budget = Budget(self.recipe.outliers, self.recipe.significant)
+        if not budget.outliers and not budget.significant:
+            return {}, []
+        return choose(self._path(rounded=True), samples, budget, self.recipe.selection, self._first_rounded)
+
+    def _fisher(self, samples: Samples) -> Mapping[str, torch.Tensor]:
+        return self._path(rounded=False).gradients(samples, nodes("start", 1), second_moment=True).square
+
+    def _teacher(self, samples: Samples) -> list[torch.Tensor]:
+        if not self.recipe.distillation.steps:
+            return []
+        with torch.no_grad():
+            return [final_state(self.network, ids) for ids in track(samples, len(samples), "original's predictions")]
+
+    @torch.no_grad()
+    def _blocks(self, samples: Samples, masks: Masks, importance: Mapping[str, torch.Tensor]) -> dict[str, Rounding]:
+        """Each block is quantized for the inputs that the quantized blocks before it produce."""
+        blocks = list(models.blocks(self.network, self.architecture))
+        calls = block_calls(self.network, [block for _, block in blocks], samples)
+        inputs, originals, roundings = list(calls.hidden), calls.hidden, dict[str, Rounding]()
+        for index, (prefix, block) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
+            run = partial(run_block, block, keywords=calls.keywords[index])
+            originals = [run(hidden) for hidden in originals]
+            linears = {name: linear for name, linear in self._linears.items() if name.startswith(f"{prefix}.")}
+            statistics = collect(block, linears, inputs, calls.keywords[index])
+            if self.recipe.base in EQUALIZED:
+                self._equalize(prefix, block, statistics, masks)
+            made = {
+                name: BASES[self.recipe.base](
+                    Task(
+                        linear.weight.detach(),
+                        self.schemes[name].weights,
+                        self.dtype,
+                        statistics[name],
+                        masks.get(name),
+                        importance.get(name),
+                    )
+                )
+                for name, linear in linears.items()
+            }
+            with trainable(linears, made):
+                self._train(run, made, list(zip(inputs, originals, strict=True)))
+                inputs = [run(hidden) for hidden in inputs]
+            roundings |= made
+        return roundings
+
+    def _equalize(self, prefix: str, block: nn.Module, statistics: dict[str, InputStatistics], masks: Masks) -> None:
+        """Scales the inputs of ``block``'s layers as AWQ does; ``statistics`` follow."""
+        rewriter = Rewriter.of(self.network.config, self.architecture, self.dtype)
+        for pair in rewriter.pairs:
+            names = [f"{prefix}.{consumer}" for consumer in pair.consumers]
+            weights = [self.network.get_submodule(name).weight for name in names]
+            rows = block.get_parameter(f"{pair.producer}.weight").shape[0]
+            # AWQ leaves out value heads that several query heads share, and so does this
+            if any(name not in statistics for name in names) or rows != weights[0].shape[1]:
+                continue
+            scale = awq.search_scale(
+                weights,
+                statistics[names[0]],
+                self.schemes[names[0]].weights,
+                dtype=self.dtype,
+                excluded=[masks.get(name) for name in names],
+            )
+            rewriter.apply(block, pair, scale)
+            for name in names:
+                statistics[name] = statistics[name].rescaled(scale)
+
+    @torch.enable_grad()
+    def _train(
+        self,
+        run: Callable[[torch.Tensor], torch.Tensor],
+        made: Mapping[str, Rounding],
+        samples: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> None:
+        learned = [rounding for rounding in made.values() if isinstance(rounding, LearnedRounding)]
+        if learned:
+            train_block(run, learned, samples, self.recipe.training, self.recipe.seed)
+
+    def _distilled(
+        self, roundings: Mapping[str, Rounding], samples: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> list[float]:
+        learned = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding)}
+        if not samples or not learned:
+            return []
+        blocks = [block for _, block in models.blocks(self.network, self.architecture)]
+        with trainable(self._linears, roundings):
+            return distill(self.network, blocks, learned, samples, self.recipe.distillation, seed=self.recipe.seed)
+
+    def _stored(self, name: str, rounding: Rounding, masks: Masks) -> DenseSparseWeight:
+        dense, target = rounding.quantized()
+        return attach_residual(target, dense, masks[name], self.dtype) if name in masks else dense.pack()

@@ -1,0 +1,42 @@
+"""Calibration text as windows of token ids, spread evenly over the whole text, with a hash of what was read."""
+
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from requant.errors import InputError
+from requant.settings import BUILTIN, Calibration
+from requant.texts import WIKITEXT2, Text, read_text
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: int64 [1, seqlen] each; ``text`` and ``sha256`` identify what they were taken from."""
+
+    ids: list[torch.Tensor]
+    text: str
+    sha256: str
+
+
+def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Windows:
+    """Non-overlapping windows at equal distances, without special tokens. Raises InputError where the text can not be
+    read, is empty, or holds fewer windows than asked for."""
+    text = _read(calibration.text)
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+    there = len(ids) // calibration.seqlen
+    if there < calibration.samples:
+        raise InputError(
+            f"calibration text {text.name}: {len(ids)} tokens are {there} windows of {calibration.seqlen}, fewer than "
+            f"the {calibration.samples} asked for; give a longer text, or lower --samples or --seqlen"
+        )
+    stride = (len(ids) - calibration.seqlen) // max(calibration.samples - 1, 1)
+    starts = [i * stride for i in range(calibration.samples)]
+    return Windows([ids[None, s : s + calibration.seqlen] for s in starts], text.name, text.sha256)
+
+
+def _read(spec: str) -> Text:
+    if spec == WIKITEXT2:
+        raise InputError("calibration: 'wikitext2' is the test split, which perplexity is measured on; give a file")
+    return read_text(str(resources.files("requant") / "data" / "austen.txt") if spec == BUILTIN else spec)

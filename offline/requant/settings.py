@@ -1,0 +1,134 @@
+"""The parts of a recipe that have numbers of their own: plain validated data that loads at once."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from requant.errors import InputError
+
+BASES = ("rtn", "clip", "gptq", "awq", "kmeans", "learned")
+DATA_FREE = ("rtn", "clip")
+EQUALIZED = ("awq",)  # whose input channels are scaled first
+FISHER = ("kmeans",)  # that weigh entries by squared gradients
+CODEBOOK = ("kmeans",)
+TRAINED = ("learned",)
+
+SENSITIVITIES = (
+    "pqi",
+    "pqi-signed",
+    "pqi-second-moment",
+    "fisher",
+    "fisher-error",
+    "first-order",
+    "end-point",
+    "marginal",
+    "magnitude",
+    "error",
+    "random",
+)
+OutlierRule = Literal["magnitude", "quartiles", "adaptive"]
+BUILTIN = "builtin"
+
+
+def _whole(part: object, where: str, **least: int) -> None:
+    for name, minimum in least.items():
+        value = getattr(part, name)
+        if type(value) is not int or value < minimum:
+            raise InputError(f"{where}: {name} {value!r} is not a whole number of at least {minimum}")
+
+
+def _rates(part: object, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise InputError(f"{where}: {name} {value!r} is not a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """text: a UTF-8 file, or 'builtin' (English prose in the public domain); ``samples`` windows of ``seqlen`` tokens
+    are taken from it."""
+
+    text: str = BUILTIN
+    samples: int = 64
+    seqlen: int = 512
+
+    def __post_init__(self) -> None:
+        _whole(self, "calibration", samples=2, seqlen=16)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """rule: how outliers are distributed over matrices (detach/outliers.py). sensitivity, steps, intervals: how
+    significant weights are found (detach/significant.py); per_matrix: the same share of each matrix."""
+
+    rule: OutlierRule = "magnitude"
+    sensitivity: str = "pqi-second-moment"
+    steps: int = 1
+    intervals: int = 4
+    per_matrix: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(OutlierRule):
+            raise InputError(f"selection: rule {self.rule!r} is not one of {', '.join(get_args(OutlierRule))}")
+        if self.sensitivity not in SENSITIVITIES:
+            raise InputError(f"selection: sensitivity {self.sensitivity!r} is not one of {', '.join(SENSITIVITIES)}")
+        if type(self.per_matrix) is not bool:
+            raise InputError(f"selection: per_matrix {self.per_matrix!r} is not true or false")
+        _whole(self, "selection", steps=1, intervals=1)
+
+
+@dataclass(frozen=True)
+class Training:
+    """``steps`` of Adam on ``batch`` samples each; ``rate``: of offsets in quantization steps and of ranges, relative;
+    it falls linearly to zero."""
+
+    steps: int = 100
+    batch: int = 8
+    rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        _whole(self, "training", steps=0, batch=1)
+        _rates(self, "training", "rate")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """steps of ``batch`` samples each, none by default; rates rise over the first tenth and fall linearly to zero.
+
+    ``rate``: of offsets, in quantization steps; ``range_rate``: of the ends of ranges, relative; ``value_rate``: of the
+    sparse part, relative to the mean size of its values.
+    """
+
+    steps: int = 0
+    batch: int = 4
+    rate: float = 0.005
+    range_rate: float = 0.001
+    value_rate: float = 0.002
+
+    def __post_init__(self) -> None:
+        _whole(self, "distillation", steps=0, batch=1)
+        _rates(self, "distillation", "rate", "range_rate", "value_rate")
+
+    def share(self, step: int) -> float:
+        """Of the full rates, at ``step`` (from 0)."""
+        warmup = self.steps // 10 + 1
+        return min((step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup))
+
+
+Part = Calibration | Selection | Training | Distillation
+PARTS: dict[str, type[Part]] = {
+    "calibration": Calibration,
+    "selection": Selection,
+    "training": Training,
+    "distillation": Distillation,
+}
+
+
+def part_from_dict(kind: type[Part], data: object, where: str) -> Part:
+    """Raises InputError naming an unknown key."""
+    known = [field.name for field in fields(kind)]
+    if not isinstance(data, dict):
+        raise InputError(f"{where}: expected a mapping (known keys: {', '.join(known)})")
+    if unknown := sorted(set(data) - set(known)):
+        raise InputError(f"{where}: unknown key {unknown[0]!r} (known: {', '.join(known)})")
+    return kind(**data)

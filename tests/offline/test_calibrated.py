@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+import torch
+from requant import models
+from requant.calibrated import CalibratedRun
+from requant.quantizers.bases import BASES
+from requant.recipe import Recipe
+from requant.sensitivity.criteria import CRITERIA
+from requant.settings import BASES as NAMES
+from requant.settings import SENSITIVITIES, Distillation, Selection, Training
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import WeightScheme
+from torch import nn
+
+from tests.offline.sensitivity.conftest import causal_lm
+
+UNIFORM, CODEBOOK = WeightScheme(3, 64, symmetric=False), WeightScheme(3, codebook=True)
+FEW = Training(steps=4, batch=2)
+
+
+def windows(count: int) -> list[torch.Tensor]:
+    return [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
+    names = models.linears(model, models.LLAMA)
+    return CalibratedRun(model, models.LLAMA, dict.fromkeys(names, recipe.layer_scheme), recipe, torch.bfloat16)
+
+
+def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        p, q = teacher(ids).logits.log_softmax(-1), student(ids).logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.fixture
+def model(micro_llama: Path) -> nn.Module:
+    return causal_lm(micro_llama)
+
+
+@pytest.mark.parametrize("base", NAMES)
+@pytest.mark.parametrize("sparse", [0.0, 0.005], ids=["dense", "sparse"])
+def test_every_base_gives_a_working_model(micro_llama: Path, model: nn.Module, base: str, sparse: float) -> None:
+    weights = CODEBOOK if base == "kmeans" else UNIFORM
+    recipe = Recipe(weights, base, significant=sparse, selection=Selection(intervals=1), training=FEW)
+    calibrated = run_of(model, recipe).quantize(windows(4))
+    linears = models.linears(model, models.LLAMA)
+    assert calibrated.layers.keys() == linears.keys()
+    entries = sum(layer.sparse.nnz for layer in calibrated.layers.values() if layer.sparse)
+    assert entries == round(sparse * sum(linear.weight.numel() for linear in linears.values()))
+    for name, layer in calibrated.layers.items():
+        layer.validate(name)
+        linears[name].weight.data.copy_(dequantize(layer))
+    assert divergence(model, causal_lm(micro_llama), windows(1)[0]) < 0.2
+
+
+def test_names_in_recipes_are_those_of_the_code() -> None:
+    assert tuple(BASES) == NAMES
+    assert tuple(CRITERIA) == SENSITIVITIES
+
+
+def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module) -> None:
+    original, recipe = causal_lm(micro_llama), {"base": "learned", "training": Training(steps=0)}
+    before = run_of(model, Recipe(WeightScheme(2, 64, False), **recipe)).quantize(windows(4))
+    settings = Distillation(steps=8, batch=4, rate=0.02)
+    after = run_of(model, Recipe(WeightScheme(2, 64, False), **recipe, distillation=settings)).quantize(windows(4))
+    assert before.divergences == []
+    assert len(after.divergences) == 8
+    found = []
+    for calibrated in (before, after):
+        for name, linear in models.linears(model, models.LLAMA).items():
+            linear.weight.data.copy_(dequantize(calibrated.layers[name]))
+        found.append(sum(divergence(model, original, ids) for ids in windows(4)))
+    assert found[1] < 0.8 * found[0]
+
+
+def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
+    recipe = Recipe(UNIFORM, "learned", significant=0.002, training=FEW, distillation=Distillation(steps=2))
+    runs = [run_of(causal_lm(micro_llama), recipe).quantize(windows(3)) for _ in range(2)]
+    for name, layer in runs[0].layers.items():
+        for part, tensor in layer.to_tensors().items():
+            assert torch.equal(tensor, runs[1].layers[name].to_tensors()[part]), f"{name}.{part}"
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "quartiles", "adaptive"])
+def test_outliers_and_significant_weights_add_up(model: nn.Module, rule: str) -> None:
+    recipe = Recipe(UNIFORM, "clip", outliers=0.004, significant=0.001, selection=Selection(rule, "pqi", 2, 1))
+    calibrated = run_of(model, recipe).quantize(windows(4))
+    total = sum(linear.weight.numel() for linear in models.linears(model, models.LLAMA).values())
+    entries = sum(layer.sparse.nnz for layer in calibrated.layers.values())
+    assert entries == pytest.approx(0.005 * total, rel=0.01)
+    assert len(calibrated.integrals) == 2
+
+
+def test_awq_changes_the_model_but_not_its_function(micro_llama: Path, model: nn.Module) -> None:
+    run_of(model, Recipe(UNIFORM, "awq")).quantize(windows(2))
+    original = causal_lm(micro_llama)
+    assert not torch.equal(
+        model.model.layers[0].input_layernorm.weight, original.model.layers[0].input_layernorm.weight
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(windows(1)[0]).logits, original(windows(1)[0]).logits, atol=1e-4, rtol=1e-4)
