@@ -32,6 +32,8 @@ def run(
 ) -> Report:
     """Quantizes ``model`` into the folder ``out``. Matrices visit ``device`` one by one; the model stays on the CPU
     and is freed block by block. Raises InputError, SchemeError; leaves nothing behind when it does."""
+    if recipe.calibrated or recipe.base != "rtn":
+        raise InputError(f"recipe: base {recipe.base!r} and calibrated selections are not wired into quantize yet; use rtn")
     source = sources.resolve(model)
     scheme = plan(sources.read_config(source), recipe, producer())
     with staged(out, overwrite=overwrite, source=source.folder) as folder:
