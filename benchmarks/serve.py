@@ -1,174 +1,162 @@
-"""Served throughput of a quantized checkpoint against its original, side by side in one run.
+"""Served throughput of a quantized checkpoint against its original: same vLLM, same settings, same client, one run.
 
-    python benchmarks/serve.py [QUANTIZED] [--against MODEL] [--repeats 3] [--json FILE] [--serve=--enforce-eager ...]
+    python benchmarks/serve.py [CHECKPOINT --against MODEL] [--streams 1,8] [--repetitions 3] [--json FILE] [-- ARGS]
 
-Both are served at the same time with the same settings (an idle server takes no processor time) and driven in turn
-by vLLM's own benchmark client, so that a change of the machine's speed meets both. Ratios are of medians; their
-spread is that of the pairs. Needs no network. Without arguments: the two models of `make demo`.
+Both servers stand on free loopback ports while vLLM's own client (`vllm bench serve`, random tokens, fixed seed and
+lengths) drives one after the other, in turns, so that whatever else the machine does hits both. ARGS go to both
+servers. Without a checkpoint the demo's is taken, which `make demo` leaves in the folder demo.
 """
 
 import argparse
-import contextlib
-import io
 import json
+import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-import torch
-import vllm
-from vllm.benchmarks.serve import add_cli_args
-from vllm.benchmarks.serve import main as run_client
+from vllm_requant.server import QUIET_ENVIRONMENT, serve
 
-from vllm_requant.server import serve
-
-DEMO = Path(__file__).resolve().parent.parent / "demo" / "SmolLM2-135M-Instruct"
-# Random prompts are the same in every repetition: prefix caching would answer them from memory.
-SERVE = ("--no-enable-prefix-caching", "--max-model-len", "2048", "--dtype", "bfloat16")
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "demo" / "SmolLM2-135M-Instruct"
+# Nothing may be remembered from one repetition to the next.
+SETTINGS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--no-enable-prefix-caching", "--seed", "0")
+SHOWN = {"median_ttft_ms": "first token", "median_itl_ms": "inter-token", "p99_itl_ms": "p99"}
 
 
 @dataclass(frozen=True)
-class Load:
-    """``streams`` requests at a time, ``requests`` in all, of fixed lengths in tokens."""
+class Workload:
+    """``prompts`` requests of ``input`` random tokens, each answered by exactly ``output``; ``streams`` at a time."""
 
-    name: str
+    kind: str
     streams: int
-    requests: int
-    prompt: int
-    answer: int
-    metric: str  # of vLLM's client, in tokens per second
+    input: int
+    output: int
+    prompts: int
+    throughput: str  # which of the client's figures is meant
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, {self.streams} stream{'s' if self.streams > 1 else ''}"
 
 
-LOADS = (
-    Load("decode, 1 stream", 1, 3, 16, 96, "output_throughput"),
-    Load("decode, 8 streams", 8, 16, 16, 96, "output_throughput"),
-    Load("prefill", 4, 8, 1024, 1, "total_token_throughput"),
-)
+def workloads(streams: list[int]) -> list[Workload]:
+    """Decode-heavy for each number of streams; prefill-heavy, where one prompt at a time fills the machine."""
+    decode = [Workload("decode", n, 32, 96, 2 * n, "output_throughput") for n in streams]
+    return [*decode, Workload("prefill", 1, 1024, 1, 8, "total_token_throughput")]
 
 
-def measure(load: Load, url: str, model: Path, seed: int) -> dict[str, Any]:
-    """One run of vLLM's client. Exits where a request failed: its figures would mean nothing."""
-    parser = argparse.ArgumentParser()
-    add_cli_args(parser)
-    arguments = {
-        "--backend": "openai",
-        "--base-url": url,
-        "--endpoint": "/v1/completions",
-        "--model": str(model),
-        "--dataset-name": "random",
-        "--random-input-len": load.prompt,
-        "--random-output-len": load.answer,
-        "--num-prompts": load.requests,
-        "--max-concurrency": load.streams,
-        "--seed": seed,
-    }
-    words = [str(word) for pair in arguments.items() for word in pair]
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        result = run_client(parser.parse_args([*words, "--ignore-eos", "--disable-tqdm"]))
-    if result["failed"] or result["completed"] != load.requests:
-        sys.exit(f"{model}: {result['failed']} of {load.requests} requests failed\n{output.getvalue()}")
+def drive(url: str, model: Path, work: Workload, seed: int) -> dict[str, Any]:
+    """One repetition by vLLM's client -> its figures. Exits where a request failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", url]
+        command += ["--model", str(model), "--dataset-name", "random", "--ignore-eos", "--disable-tqdm"]
+        command += ["--random-input-len", str(work.input), "--random-output-len", str(work.output)]
+        command += ["--num-prompts", str(work.prompts), "--max-concurrency", str(work.streams)]
+        command += ["--num-warmups", str(work.streams), "--seed", str(seed), "--temperature", "0"]
+        command += ["--save-result", "--result-dir", folder, "--result-filename", "result.json"]
+        done = subprocess.run(
+            command, env=QUIET_ENVIRONMENT | dict(os.environ), capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            sys.exit(f"vllm bench serve failed on {model.name}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        result: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
+    expected = work.prompts * work.output
+    if result["completed"] != work.prompts or result["total_output_tokens"] != expected:
+        sys.exit(f"{model.name}, {work.name}: {result['completed']} of {work.prompts} requests completed")
     return result
 
 
-def compare(servers: dict[str, tuple[str, Path]], repeats: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """load -> model -> one result a repetition; the first, uncounted repetition warms both up."""
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for load in LOADS:
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
-        for repeat in range(repeats + 1):
-            for name, (url, model) in servers.items():
-                result = measure(load, url, model, seed=repeat)
-                print(f"{load.name:18} {name:10} {result[load.metric]:8.1f} tokens/s", file=sys.stderr, flush=True)
-                if repeat:
-                    runs[name].append(result)
-        results[load.name] = runs
-    return results
+def measure(servers: dict[str, tuple[str, Path]], work: Workload, repetitions: int) -> dict[str, list[dict[str, Any]]]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for seed in range(repetitions):
+        # the order changes too, so that neither always runs on the warmer machine
+        for name, (url, model) in list(servers.items())[:: 1 if seed % 2 else -1]:
+            runs[name].append(drive(url, model, work, seed))
+            print(f"  {work.name}, {name}: {runs[name][-1][work.throughput]:.1f} tokens/s", flush=True)
+    return runs
 
 
-def summary(load: Load, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    quantized, original = ([run[load.metric] for run in runs[name]] for name in ("quantized", "original"))
-    pairs = [mine / other for mine, other in zip(quantized, original, strict=True)]
-    medians = statistics.median(quantized), statistics.median(original)
-    latencies = {
-        f"{name}_{metric}": statistics.median(run[metric] for run in runs[name])
-        for name in runs
-        for metric in ("median_ttft_ms", "median_itl_ms", "p99_itl_ms")
-    }
+def ratio(runs: dict[str, list[dict[str, Any]]], work: Workload) -> dict[str, float]:
+    """Quantized over original, by repetition: median and extremes."""
+    pairs = zip(runs["quantized"], runs["original"], strict=True)
+    ratios = sorted(ours[work.throughput] / theirs[work.throughput] for ours, theirs in pairs)
+    return {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+
+
+def print_table(results: list[tuple[Workload, dict[str, list[dict[str, Any]]]]]) -> None:
+    print(
+        f"\n| {'workload':18} | {'':9} | tokens/s | {' | '.join(f'{t} ms' for t in SHOWN.values())} | ratio (spread) |"
+    )
+    print("|" + "---|" * (4 + len(SHOWN)))
+    for work, runs in results:
+        for name, repetitions in runs.items():
+            middle = {key: statistics.median(run[key] for run in repetitions) for key in (work.throughput, *SHOWN)}
+            figures = " | ".join(f"{middle[key]:.1f}" for key in (work.throughput, *SHOWN))
+            found = ratio(runs, work)
+            spread = f"**{found['median']:.2f}** ({found['low']:.2f}-{found['high']:.2f})"
+            print(f"| {work.name:18} | {name:9} | {figures} | {spread if name == 'quantized' else ''} |")
+
+
+def environment(arguments: list[str]) -> dict[str, Any]:
+    names = ("torch", "vllm-requant")
+    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "")
     return {
-        "quantized_tokens_per_s": medians[0],
-        "original_tokens_per_s": medians[1],
-        "ratio": medians[0] / medians[1],
-        "ratio_spread": [min(pairs), max(pairs)],
-        **latencies,
+        "cpu": cpu or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "settings": arguments,
+        "versions": {name: version(name) for name in names},
     }
 
 
-def environment(arguments: tuple[str, ...]) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "serve": " ".join(arguments),
-    }
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
 
 
-def processor() -> str:
-    """The processor's name and the vector instructions that decide its speed."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    return platform.processor()
-
-
-def table(report: dict[str, Any]) -> str:
-    lines = ["| load | quantized, tokens/s | original, tokens/s | ratio | spread |", "|---|---|---|---|---|"]
-    for name, row in report["loads"].items():
-        low, high = row["ratio_spread"]
-        lines.append(
-            f"| {name} | {row['quantized_tokens_per_s']:.1f} | {row['original_tokens_per_s']:.1f} "
-            f"| {row['ratio']:.2f}x | {low:.2f}-{high:.2f} |"
-        )
-    return "\n".join(lines)
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("quantized", type=Path, nargs="?", default=DEMO.with_name(f"{DEMO.name}-requant-w4"))
-    parser.add_argument("--against", type=Path, default=DEMO)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--serve", action="append", default=[], help="a further argument of both `vllm serve`")
-    options = parser.parse_args()
-    for folder in (options.quantized, options.against):
-        if not (folder / "config.json").is_file():
-            sys.exit(f"{folder}: no model there; `make demo` makes the default ones")
-    arguments = (*SERVE, *options.serve)
-    with contextlib.ExitStack() as stack:
+    parser.add_argument("checkpoint", nargs="?", type=Path, default=DEMO.with_name(f"{DEMO.name}-requant-w4"))
+    parser.add_argument("--against", type=Path, default=DEMO, help="the original")
+    parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where to write everything that was measured")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, server_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    signal.signal(signal.SIGTERM, stop)  # so that no server is left behind
+    models = {"original": options.against, "quantized": options.checkpoint}
+    if missing := [path for path in models.values() if not (path / "config.json").exists()]:
+        sys.exit(f"{missing[0]} holds no model: name two folders, or run `make demo` first")
+    arguments = [*SETTINGS, *server_arguments]
+    results = []
+    with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = {}
-        for name, model in (("quantized", options.quantized), ("original", options.against)):
-            print(f"starting {model}", file=sys.stderr, flush=True)
-            url = stack.enter_context(serve(model, *arguments, log=logs / f"{name}.log"))
-            servers[name] = (url, model)
-        results = compare(servers, options.repeats)
-    report = {
-        "environment": environment(arguments) | {"repeats": options.repeats},
-        "loads": {load.name: summary(load, results[load.name]) for load in LOADS},
-    }
-    print(table(report))
+        for name, path in models.items():
+            print(f"starting vllm serve {path.name} {' '.join(arguments)}", flush=True)
+            servers[name] = (stack.enter_context(serve(path, *arguments, log=logs / f"{name}.log")), path)
+        for work in workloads(options.streams):
+            results.append((work, measure(servers, work, options.repetitions)))
+    print_table(results)
+    ratios: dict[str, dict[str, Any]] = {}
+    for work, runs in results:
+        ratios.setdefault(work.kind, {})[str(work.streams)] = ratio(runs, work)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+        everything = [{"workload": vars(work), "runs": runs} for work, runs in results]
+        options.json.write_text(json.dumps({"ratios": ratios, **environment(arguments), "results": everything}))
 
 
 if __name__ == "__main__":

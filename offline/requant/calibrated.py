@@ -2,8 +2,9 @@
 train what is still free through the whole model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from requant_kernels.scheme import LayerScheme
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from requant import models
 from requant.aweq.rewrite import Rewriter
+from requant.calibration import Windows
 from requant.detach.choice import Budget, choose
 from requant.progress import track
 from requant.quantizers import awq, kmeans, rtn
@@ -36,11 +38,29 @@ Masks = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Calibrated:
     """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
-    original's predictions at each step of distillation, nats per token."""
+    original's predictions at each step of distillation, nats per token. windows: what all this was measured on."""
 
+    windows: Windows
     layers: dict[str, DenseSparseWeight]
     integrals: list[Completeness]
     divergences: list[float]
+
+    def summary(self) -> dict[str, Any]:
+        """For the report: what was read, how complete the path integrals were, what distillation gained."""
+        found: dict[str, Any] = {
+            "text": self.windows.text,
+            "sha256": self.windows.sha256,
+            "tokens": sum(ids.numel() for ids in self.windows.ids),
+        }
+        if self.integrals:
+            found["integrals"] = [asdict(one) | {"error_percent": round(100 * one.error, 4)} for one in self.integrals]
+        if self.divergences:
+            tenth = max(1, len(self.divergences) // 10)
+            found["divergence"] = {
+                "first": self.divergences[0],
+                "last": sum(self.divergences[-tenth:]) / tenth,
+            }
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,18 +76,17 @@ class CalibratedRun:
     recipe: Recipe
     dtype: torch.dtype
 
-    def quantize(self, samples: Samples) -> Calibrated:
-        """samples: token ids int64 [1, T] of one length. Raises InputError for a layer that no token reaches, and
-        ValueError where a loss is not finite."""
+    def quantize(self, windows: Windows) -> Calibrated:
+        """Raises InputError for a layer that no token reaches, and ValueError where a loss is not finite."""
+        samples = [ids.to(self.network.device) for ids in windows.ids]
         self.network.requires_grad_(False)
         masks, integrals = self._sparse_entries(samples)
         importance = self._fisher(samples) if self.recipe.base in FISHER else {}
         teacher = self._teacher(samples)
         roundings = self._blocks(samples, masks, importance)
         divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
-        return Calibrated(
-            {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}, integrals, divergences
-        )
+        layers = {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}
+        return Calibrated(windows, layers, integrals, divergences)
 
     @property
     def _linears(self) -> dict[str, nn.Linear]:

@@ -30,8 +30,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._max_bytes:
             self._flush()
-        # A copy on the CPU: a view would keep the whole storage of a freed block alive.
-        self._pending[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        self._pending[name] = tensor.cpu().contiguous()
         self._pending_bytes += size
         self.total_bytes += size
 

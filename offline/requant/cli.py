@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from requant_kernels.errors import CheckpointError, SchemeError
 
 from requant import recipe as recipes
+from requant import settings
 from requant.errors import InputError
 
 
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument(
         "--recipe", default=recipes.DEFAULT, metavar="NAME|FILE", help=f"default {recipes.DEFAULT}; options override it"
     )
-    quantize.add_argument("--method", "--base", dest="base", choices=recipes.BASES, help="base quantizer")
+    quantize.add_argument("--method", "--base", dest="base", choices=settings.BASES, help="base quantizer")
     quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8))
     quantize.add_argument("--group-size", type=int, metavar="N", help="-1 (one per row), 32, 64, 128 or 256")
     quantize.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=None)

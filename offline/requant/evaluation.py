@@ -9,6 +9,7 @@ from requant_kernels.scheme import QUANT_METHOD
 from transformers import PreTrainedTokenizerBase
 
 from requant import sources
+from requant.errors import InputError
 from requant.hf import load_quantized
 from requant.perplexity import perplexity, windows
 from requant.progress import track
@@ -48,6 +49,9 @@ def evaluate_text(
     """Raises InputError, CheckpointError."""
     source = sources.resolve(model)
     checkpoint = _is_checkpoint(source)
+    context = source.raw.get("max_position_embeddings", seqlen)
+    if seqlen > context:
+        raise InputError(f"seqlen {seqlen}: the model's context is {context} tokens")
     tokenizer = source.tokenizer()
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     batches = windows(ids, seqlen, tokens)

@@ -15,7 +15,7 @@ _CARD = """\
 # {model}, quantized by requant
 
 Dense low-bit weights plus an unstructured sparse residual (`quant_method: requant`, format version 1), made by
-[vllm-requant](https://pypi.org/project/vllm-requant/) from `{model}`.
+vllm-requant from `{model}`.
 
 | | |
 |---|---|
@@ -23,7 +23,7 @@ Dense low-bit weights plus an unstructured sparse residual (`quant_method: requa
 | true bits a weight | {bits:.2f}: every stored bit of the quantized layers over their weights |
 | sparse entries | {sparse:.2f} % |
 | size of all tensors | {size}, the original {original} |
-| calibration | none |
+| calibration | {calibration} |
 | made with | {producer} |
 
 ## Use
@@ -59,6 +59,9 @@ def model_card(report: Report, source: Source) -> str:
         bits=total.bits_per_weight,
         sparse=total.sparse_percent,
         size=megabytes(total.checkpoint_bytes),
+        calibration="{tokens} tokens of {text} (sha256 {sha256:.12})".format(**report.calibration)
+        if report.calibration
+        else "none",
         original=megabytes(report.original_bytes),
         producer=", ".join(f"{name} {version}" for name, version in report.producer.items()),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),

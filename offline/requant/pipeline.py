@@ -11,13 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from requant import models, sources
+from requant.calibrated import Calibrated, CalibratedRun
+from requant.calibration import read_windows
 from requant.checkpoint import ShardWriter, write_json
 from requant.detach import outliers
 from requant.errors import InputError
 from requant.model_card import model_card
 from requant.planning import plan
 from requant.progress import track
-from requant.quantizers import rtn
+from requant.quantizers.bases import DATA_FREE
 from requant.quantizers.dense import attach_residual
 from requant.recipe import Recipe
 from requant.report import LayerRow, Report, Totals
@@ -30,19 +32,20 @@ REPORT_FILE = "requant_report.json"
 def run(
     model: str | Path, out: Path, recipe: Recipe, *, device: torch.device, overwrite: bool, max_shard_bytes: int
 ) -> Report:
-    """Quantizes ``model`` into the folder ``out``. Matrices visit ``device`` one by one; the model stays on the CPU
-    and is freed block by block. Raises InputError, SchemeError; leaves nothing behind when it does."""
-    if recipe.calibrated or recipe.base != "rtn":
-        raise InputError(f"recipe: base {recipe.base!r} and calibrated selections are not wired into quantize yet; use rtn")
+    """Quantizes ``model`` into the folder ``out``. Without calibration, matrices visit ``device`` one by one; the model
+    stays on the CPU and is freed block by block. With it, the whole model computes on ``device`` in fp32. Raises
+    InputError, SchemeError; leaves nothing behind when it does."""
     source = sources.resolve(model)
     scheme = plan(sources.read_config(source), recipe, producer())
-    with staged(out, overwrite=overwrite, source=source.folder) as folder:
+    with staged(out, overwrite=overwrite, source=source.path) as folder:
         torch.manual_seed(recipe.seed)
         network = sources.load(source)
         original_bytes = sum(parameter.nbytes for parameter in network.parameters())
         shards = ShardWriter(folder, max_shard_bytes)
         architecture = models.ARCHITECTURES[network.config.model_type]
-        rows = _Walk(architecture, scheme, recipe, device, shards).write(network)
+        calibrated = _calibrate(network, source, scheme, recipe, device) if recipe.calibrated else None
+        layers = calibrated.layers if calibrated else {}
+        rows = _Walk(architecture, scheme, recipe, device, shards, layers).write(network)
         report = Report(
             model=source.name,
             recipe=recipe.to_dict(),
@@ -50,6 +53,7 @@ def run(
             layers=tuple(rows),
             total=Totals.of(rows, shards.total_bytes),
             original_bytes=original_bytes,
+            calibration=calibrated.summary() if calibrated else None,
         )
         _write_metadata(source, network, scheme, report, folder)
     return report
@@ -64,6 +68,7 @@ class _Walk:
     recipe: Recipe
     device: torch.device
     shards: ShardWriter
+    layers: dict[str, DenseSparseWeight]  # those that are quantized already, by name
 
     def write(self, network: PreTrainedModel) -> list[LayerRow]:
         for name, tensor in models.outer_tensors(network, self.architecture):
@@ -84,15 +89,10 @@ class _Walk:
             linear = local.removesuffix(".weight") in self.architecture.linears
             scheme = self.scheme.for_layer(layer) if linear else None
             if scheme:
-                stored, error = quantize_layer(tensor.to(self.device), scheme, self.recipe)
+                stored = self.layers.pop(layer, None) or quantize_layer(tensor.to(self.device), scheme, self.recipe)
                 for part, value in stored.to_tensors().items():
                     self.shards.add(f"{layer}.{part}", value)
-                nnz = stored.sparse.nnz if stored.sparse else 0
-                rows.append(
-                    LayerRow(
-                        layer, (stored.out_features, stored.in_features), scheme, stored.stored_bits() // 8, nnz, error
-                    )
-                )
+                rows.append(LayerRow.quantized(layer, stored, relative_error(tensor, stored)))
             else:
                 self.shards.add(name, tensor)
                 if linear:
@@ -100,14 +100,50 @@ class _Walk:
         return rows
 
 
-def quantize_layer(weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe) -> tuple[DenseSparseWeight, float]:
-    """weight [N, K] in the model's dtype -> the layer to store, and its relative error |W - W~| / |W|."""
+def quantize_layer(weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe) -> DenseSparseWeight:
+    """weight [N, K] in the model's dtype -> the layer to store, without calibration."""
     target = weight.float()
     mask = outliers.largest(target, recipe.outliers) if scheme.sparse else None
-    dense = rtn.quantize(target, scheme.weights, dtype=weight.dtype, excluded=mask)
-    stored = dense.pack() if mask is None else attach_residual(target, dense, mask, weight.dtype)
+    dense = DATA_FREE[recipe.base](target, scheme.weights, dtype=weight.dtype, excluded=mask)
+    return dense.pack() if mask is None else attach_residual(target, dense, mask, weight.dtype)
+
+
+def relative_error(weight: torch.Tensor, stored: DenseSparseWeight) -> float:
+    """|W - W~| / |W|, Frobenius norms."""
+    target, decoded = weight.float(), dequantize(stored)
     norm = float(target.norm())
-    return stored, float((target - dequantize(stored)).norm()) / norm if norm else 0.0
+    return float((target - decoded.to(target.device)).norm()) / norm if norm else 0.0
+
+
+def _calibrate(
+    network: PreTrainedModel,
+    source: sources.Source,
+    scheme: CheckpointScheme,
+    recipe: Recipe,
+    device: torch.device,
+) -> Calibrated:
+    """Computes in fp32; the norms of ``network`` may come back rewritten, in numbers that its own dtype can hold."""
+    context = network.config.max_position_embeddings
+    if recipe.calibration.seqlen > context:
+        raise InputError(f"calibration: seqlen {recipe.calibration.seqlen} exceeds the model's context of {context}")
+    windows = read_windows(recipe.calibration, source.tokenizer())
+    architecture, dtype = models.ARCHITECTURES[network.config.model_type], network.dtype
+    for name, parameter in network.named_parameters():
+        _checked(name, parameter.detach())
+    schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}
+    run = CalibratedRun(
+        network.to(device, torch.float32),
+        architecture,
+        {name: chosen for name, chosen in schemes.items() if chosen},
+        recipe,
+        dtype,
+    )
+    try:
+        return run.quantize(windows)
+    except ValueError as error:
+        raise InputError(f"{source.name}: {error}") from None
+    finally:
+        network.to("cpu", dtype)
 
 
 def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -119,7 +155,11 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _write_metadata(
-    source: sources.Source, network: PreTrainedModel, scheme: CheckpointScheme, report: Report, folder: Path
+    source: sources.Source,
+    network: PreTrainedModel,
+    scheme: CheckpointScheme,
+    report: Report,
+    folder: Path,
 ) -> None:
     config = {key: value for key, value in source.raw.items() if key != "torch_dtype"}  # dtype's old name
     config["architectures"] = config.get("architectures") or [type(network).__name__]  # a GGUF names none

@@ -99,7 +99,10 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"ignore": list(self.ignore)}
+        """For reports: a calibration file by its name only, so that the same text gives the same bytes anywhere."""
+        data = asdict(self) | {"ignore": list(self.ignore)}
+        data["calibration"]["text"] = Path(self.calibration.text).name
+        return data
 
 
 def parse_ratio(value: object) -> float:

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
+from requant_kernels.weight import DenseSparseWeight
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,12 @@ class LayerRow:
     @classmethod
     def skipped(cls, name: str, weight: torch.Tensor, reason: str) -> Self:
         return cls(name, (weight.shape[0], weight.shape[1]), None, weight.nbytes, reason=reason)
+
+    @classmethod
+    def quantized(cls, name: str, stored: QuantizedLayer, error: float) -> Self:
+        sparse = stored.sparse if isinstance(stored, DenseSparseWeight) else None
+        shape = (stored.out_features, stored.in_features)
+        return cls(name, shape, stored.scheme, stored.stored_bits() // 8, sparse.nnz if sparse else 0, error)
 
     @property
     def numel(self) -> int:
@@ -102,6 +110,7 @@ class Report:
     layers: tuple[LayerRow, ...]
     total: Totals
     original_bytes: int
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"layers": [row.to_dict() for row in self.layers]}

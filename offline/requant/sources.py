@@ -49,6 +49,11 @@ class Source:
     raw: dict[str, Any] = field(repr=False)
     gguf: str | None = None
 
+    @property
+    def path(self) -> Path:
+        """What must not be overwritten."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
     def where(self) -> dict[str, Any]:
         """The arguments by which transformers finds it."""
         return {"pretrained_model_name_or_path": self.folder} | ({"gguf_file": self.gguf} if self.gguf else {})

@@ -5,6 +5,7 @@ swap). The writer holds a lock on the folder itself; the kernel releases it when
 dead run left is recognised and cleared by the next one.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from requant.errors import InputError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yields the folder to write into; it becomes ``out`` if the body succeeds and vanishes if it fails.
 
-    Raises InputError where ``out`` exists and must not be replaced, overlaps ``source``, or is being written.
+    Raises InputError where ``out`` exists and must not be replaced, overlaps ``source``, is being written, or does not
+    fit on the disk.
     """
     out = Path(os.path.abspath(out))
     partial, replaced = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
@@ -34,8 +38,10 @@ def staged(out: Path, *, overwrite: bool = False, source: Path | None = None) ->
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield partial
         _publish(partial, out, replaced)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise InputError(f"{out}: can not be written ({error.strerror})") from None
         raise
     finally:
         os.close(lock)
@@ -44,7 +50,7 @@ def staged(out: Path, *, overwrite: bool = False, source: Path | None = None) ->
 def _refuse_overlap(out: Path, source: Path) -> None:
     target, origin = out.resolve(), source.resolve()
     if target == origin or origin in target.parents or target in origin.parents:
-        raise InputError(f"{out}: overlaps the model's own folder {source}; choose a place outside it")
+        raise InputError(f"{out}: overlaps the model itself ({source}); choose a place outside it")
 
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from hashlib import sha256
-from io import StringIO
 from pathlib import Path
 
 from requant.errors import InputError
@@ -12,28 +11,29 @@ WIKITEXT2 = "wikitext2"
 
 @dataclass(frozen=True)
 class Text:
-    """``name`` is for people; ``sha256``, of the file's bytes or of the joined rows, identifies the content."""
+    """``name`` is for people; ``sha256``, of the content in UTF-8, identifies it."""
 
     name: str
     content: str
-    sha256: str
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.content.encode()).hexdigest()
 
 
 def read_text(spec: str | Path) -> Text:
     """'wikitext2' (the raw test split, rows joined by blank lines as the field does), or a UTF-8 file, read whole with
     every line end as \\n. Raises InputError."""
     if str(spec) == WIKITEXT2 and not Path(spec).exists():
-        joined = "\n\n".join(_wikitext2())
-        return Text("WikiText-2 raw test", joined, sha256(joined.encode()).hexdigest())
+        return Text("WikiText-2 raw test", "\n\n".join(_wikitext2()))
     path = Path(spec)
     try:
-        raw = path.read_bytes()
-        content = StringIO(raw.decode(), newline=None).read()
+        content = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: the text can not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return Text(path.name, content, sha256(raw).hexdigest())
+    return Text(path.name, content)
 
 
 def _wikitext2() -> list[str]:

@@ -153,8 +153,8 @@ def test_out_exists(refused, llama, quantized, tmp_path):
 
 
 def test_out_inside_the_model(refused, llama):
-    assert "overlaps the model's own folder" in refused("quantize", llama, "-o", llama / "out")
-    assert "overlaps the model's own folder" in refused("quantize", llama, "-o", llama, "--overwrite")
+    assert "overlaps the model itself" in refused("quantize", llama, "-o", llama / "out")
+    assert "overlaps the model itself" in refused("quantize", llama, "-o", llama, "--overwrite")
 
 
 def test_a_pattern_that_matches_nothing(refused, llama, tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from requant import models
 from requant.calibrated import CalibratedRun
+from requant.calibration import Windows
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
 from requant.sensitivity.criteria import CRITERIA
@@ -19,8 +20,9 @@ UNIFORM, CODEBOOK = WeightScheme(3, 64, symmetric=False), WeightScheme(3, codebo
 FEW = Training(steps=4, batch=2)
 
 
-def windows(count: int) -> list[torch.Tensor]:
-    return [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+def windows(count: int) -> Windows:
+    ids = [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    return Windows(ids, "random", "0")
 
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
@@ -52,7 +54,7 @@ def test_every_base_gives_a_working_model(micro_llama: Path, model: nn.Module, b
     for name, layer in calibrated.layers.items():
         layer.validate(name)
         linears[name].weight.data.copy_(dequantize(layer))
-    assert divergence(model, causal_lm(micro_llama), windows(1)[0]) < 0.2
+    assert divergence(model, causal_lm(micro_llama), windows(1).ids[0]) < 0.2
 
 
 def test_names_in_recipes_are_those_of_the_code() -> None:
@@ -71,7 +73,7 @@ def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module)
     for calibrated in (before, after):
         for name, linear in models.linears(model, models.LLAMA).items():
             linear.weight.data.copy_(dequantize(calibrated.layers[name]))
-        found.append(sum(divergence(model, original, ids) for ids in windows(4)))
+        found.append(sum(divergence(model, original, ids) for ids in windows(4).ids))
     assert found[1] < 0.8 * found[0]
 
 
@@ -100,4 +102,6 @@ def test_awq_changes_the_model_but_not_its_function(micro_llama: Path, model: nn
         model.model.layers[0].input_layernorm.weight, original.model.layers[0].input_layernorm.weight
     )
     with torch.no_grad():
-        torch.testing.assert_close(model(windows(1)[0]).logits, original(windows(1)[0]).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model(windows(1).ids[0]).logits, original(windows(1).ids[0]).logits, atol=1e-4, rtol=1e-4
+        )

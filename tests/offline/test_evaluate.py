@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from requant.cli import main
 from requant.errors import InputError
 from requant.perplexity import perplexity, windows
 from requant.texts import read_text
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -55,11 +58,33 @@ def test_the_published_figure_of_the_fixture(micro_llama, persuasion):
     assert "128 non-overlapping windows of 256 = 32768 tokens, 255 targets each" in result.protocol
 
 
-def test_round_to_nearest_costs_what_the_peers_measured(micro_llama, persuasion, tmp_path):
-    """4 bit, group 128: 53.94."""
-    assert main(["quantize", str(micro_llama), "-o", str(tmp_path / "out"), "--group-size", "128"]) == 0
-    result = api.evaluate(tmp_path / "out", persuasion, seqlen=256, tokens=32768)
+@pytest.fixture(scope="module")
+def micro_w4(micro_llama, tmp_path_factory) -> Path:
+    """4 bit, group 128, round to nearest."""
+    out = tmp_path_factory.mktemp("micro") / "w4"
+    assert main(["quantize", str(micro_llama), "-o", str(out), "--group-size", "128"]) == 0
+    return out
+
+
+def test_round_to_nearest_costs_what_the_peers_measured(micro_w4, persuasion):
+    result = api.evaluate(micro_w4, persuasion, seqlen=256, tokens=32768)
     assert result.perplexity == pytest.approx(53.94, abs=0.05)
+
+
+def test_a_tampered_checkpoint_is_refused_by_name(micro_w4, persuasion, tmp_path, capsys):
+    bad = Path(shutil.copytree(micro_w4, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight_scale"][3, 0] = float("nan")
+    save_file(tensors, bad / "model.safetensors")
+    assert main(["eval", str(bad), "--text", str(persuasion), "--seqlen", "64"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "error: model.safetensors: model.layers.2.mlp.up_proj.weight_scale: not finite\n"
+    assert printed.out == ""
+
+
+def test_a_window_longer_than_the_context(micro_llama, persuasion):
+    with pytest.raises(InputError, match="seqlen 4096: the model's context is 2048 tokens"):
+        api.evaluate(micro_llama, persuasion, seqlen=4096)
 
 
 def test_the_command_prints_the_figure_with_its_protocol(micro_llama, persuasion, capsys):

@@ -1,6 +1,7 @@
 """OUT appears whole or not at all, and nothing is left beside it."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,13 +116,15 @@ def test_a_killed_run_leaves_nothing_that_loads_and_the_next_one_clears_it(llama
     }
 
 
-@pytest.mark.parametrize("limit", [1_000, 30_000], ids=["weights", "later-shard"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(limit, llama, tmp_path):
+@pytest.mark.parametrize("limit", [1_000, 30_000, 100_000], ids=["weights", "later-shard", "tokenizer"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(limit, llama, micro_llama, tmp_path):
+    source = Path(shutil.copytree(llama, tmp_path / "model"))
+    shutil.copy(micro_llama / "tokenizer.json", source)  # larger than any shard
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(InputError, match=r"can not be written .*File too large"):
-            api.quantize(llama, tmp_path / "out", RECIPE, max_shard_size="40KB")
+        with pytest.raises(InputError, match=r"out(\.partial)?: can not be written .*File too large"):
+            api.quantize(source, tmp_path / "out", RECIPE, max_shard_size="40KB")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert names(tmp_path) == set()
+    assert names(tmp_path) == {"model"}

@@ -11,7 +11,6 @@ from requant_kernels.scheme import WeightScheme
 
 from requant.quantizers import clip
 from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
 from requant.quantizers.rtn import quantize as round_to_nearest
 from requant.statistics import InputStatistics
 
@@ -61,6 +60,4 @@ def quantize(
 ) -> QuantizedDense:
     """An already scaled weight fp32 [N, K], rounded on ranges clipped for the (equally scaled) inputs."""
     importance = statistics.second_moment.diagonal()
-    low, high = clip.search(weight, scheme, dtype=dtype, importance=importance, excluded=excluded)
-    grid = Grid.spanning(low, high, scheme, dtype)
-    return grid.dense(grid.codes(weight if excluded is None else weight.masked_fill(excluded, 0)))
+    return clip.quantize(weight, scheme, dtype=dtype, importance=importance, excluded=excluded)

@@ -58,10 +58,8 @@ def _rtn(task: Task) -> Rounding:
 
 
 def _clip(task: Task) -> Rounding:
-    low, high = clip.search(task.weight, task.scheme, dtype=task.dtype, excluded=task.excluded)
-    grid = Grid.spanning(low, high, task.scheme, task.dtype)
-    kept = task.weight if task.excluded is None else task.weight.masked_fill(task.excluded, 0)
-    return FixedRounding(grid.dense(grid.codes(kept)), task.weight, task.excluded)
+    dense = clip.quantize(task.weight, task.scheme, dtype=task.dtype, excluded=task.excluded)
+    return FixedRounding(dense, task.weight, task.excluded)
 
 
 def _gptq(task: Task) -> Rounding:
@@ -94,3 +92,4 @@ BASES: dict[str, Callable[[Task], Rounding]] = {
     "kmeans": _kmeans,
     "learned": _learned,
 }
+DATA_FREE = {"rtn": rtn.quantize, "clip": clip.quantize}

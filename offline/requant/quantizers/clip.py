@@ -3,6 +3,7 @@
 import torch
 from requant_kernels.scheme import WeightScheme
 
+from requant.quantizers.dense import QuantizedDense
 from requant.quantizers.grid import Grid
 
 SHRINK = tuple(1 - step / 32 for step in range(20))  # down to 0.41 of the full range
@@ -38,3 +39,17 @@ def search(
         best = torch.where(total < least, shrink, best)
         least = torch.minimum(total, least)
     return best * low, best * high
+
+
+def quantize(
+    weight: torch.Tensor,
+    scheme: WeightScheme,
+    *,
+    dtype: torch.dtype,
+    importance: torch.Tensor | None = None,
+    excluded: torch.Tensor | None = None,
+) -> QuantizedDense:
+    """weight fp32 [N, K] rounded to nearest on its searched ranges; entries under ``excluded`` get the code of zero."""
+    low, high = search(weight, scheme, dtype=dtype, importance=importance, excluded=excluded)
+    grid = Grid.spanning(low, high, scheme, dtype)
+    return grid.dense(grid.codes(weight if excluded is None else weight.masked_fill(excluded, 0)))
