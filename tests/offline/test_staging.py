@@ -82,6 +82,16 @@ def test_a_place_that_overlaps_the_model_is_refused(place, tmp_path):
     assert names(tmp_path) == {"model"}
 
 
+def test_a_place_beside_a_gguf_file_is_none_of_its_own(tmp_path):
+    gguf = tmp_path / "model.gguf"
+    gguf.touch()
+    with staged(tmp_path / "out", source=gguf) as folder:
+        write(folder, "{}")
+    assert names(tmp_path) == {"model.gguf", "out"}
+    with pytest.raises(InputError, match="overlaps"), staged(tmp_path, overwrite=True, source=gguf):
+        pass
+
+
 def test_two_runs_do_not_write_one_folder(tmp_path):
     with (
         staged(tmp_path / "out") as folder,
