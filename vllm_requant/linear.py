@@ -41,7 +41,9 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Registers empty parameters that collect the file's tensors."""
         self._shape = (sum(output_partition_sizes), input_size_per_partition)
         self._dtype, self._device = params_dtype, torch.get_default_device()
-        self._dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self._dummy = config.load_config.load_format == "dummy"
+        self._max_tokens = config.scheduler_config.max_num_batched_tokens
         row_parallel = isinstance(layer, RowParallelLinear)
         index = LocalIndex(layer, self._shape, row_parallel, extra_weight_attrs["weight_loader"])
         self._loader = LayerLoader(self.names, self.scheme, index, self._prepare)
@@ -50,6 +52,7 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _prepare(self, weight: DenseSparseWeight) -> None:
         self._prepared = dispatch.prepare(weight, self._dtype, self._device)
+        dispatch.warm_up(self._prepared, self._dtype, self._device, self._max_tokens)
         self._correction = weight.bias_correction
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:

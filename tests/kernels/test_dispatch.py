@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from requant_kernels import ops, reference
+from requant_kernels import choice, ops, reference
 from requant_kernels.dense_sparse import dispatch
 from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
@@ -97,14 +97,28 @@ def config(weight=W4, **changes) -> LayerConfig:
         (config(scheme=LayerScheme(WeightScheme(8, 64))), "8-bit codes"),
         (config(scheme=LayerScheme(WeightScheme(3, codebook=True))), "codebooks"),
         (config(group_size=24), "group 24"),
-        (config(device=torch.device("cuda")), "not on cuda"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_layer_that_cannot_stay_packed_on_a_cpu_is_decoded_and_the_reason_kept(layer, reason):
-    implementation, refusals = dispatch.choose(layer)
-    assert implementation.name == "dequantized"
-    assert any(reason in refusal for refusal in refusals)
+def test_a_layer_that_cannot_stay_packed_on_a_cpu_is_decoded_and_the_log_says_why(layer, reason, caplog):
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "requant_kernels"):
+        assert dispatch.choose(layer).name == "dequantized"
+    assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "chosen"),
+    [
+        ((9, 0), torch.bfloat16, "triton"),
+        ((7, 5), torch.bfloat16, "dequantized"),
+        ((9, 0), torch.float16, "dequantized"),  # stored in bfloat16
+    ],
+    ids=str,
+)
+def test_a_gpu_runs_the_kernels_where_they_can(capability, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert dispatch.choose(config(device=torch.device("cuda"), dtype=dtype)).name == chosen
 
 
 def test_a_layer_that_nothing_can_run_is_refused_in_one_line():
@@ -113,7 +127,7 @@ def test_a_layer_that_nothing_can_run_is_refused_in_one_line():
 
 
 def test_the_choice_is_logged_once_per_kind(caplog):
-    dispatch._log_once.cache_clear()
+    choice._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "requant_kernels"):
         for weight in (W4, W4, FP16):
             dispatch.prepare(weight, torch.float16, CPU)

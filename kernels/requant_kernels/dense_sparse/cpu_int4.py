@@ -18,7 +18,7 @@ from requant_kernels.dense_sparse.int4_panels import (
     unavailable,
     unpack_panels,
 )
-from requant_kernels.dense_sparse.interface import LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
 from requant_kernels.weight import DenseSparseWeight
 
 # From here on decoding is amortised: measured on AVX-512 without bf16 arithmetic (benchmarks/cpu_regimes.py).
@@ -27,7 +27,7 @@ MANY_TOKENS = 64
 BLOCK_ELEMENTS = 1 << 19
 
 
-class CpuInt4:
+class CpuInt4(Implementation):
     """bf16 activations; weight [N, K] as 4-bit panels, beside it the sparse part by rows."""
 
     name = "cpu_int4"

@@ -2,12 +2,12 @@
 
 import torch
 
-from requant_kernels.dense_sparse.interface import LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
 from requant_kernels.reference import dequantize
 from requant_kernels.weight import DenseSparseWeight
 
 
-class Dequantized:
+class Dequantized(Implementation):
     """Any scheme, device and float dtype; takes the memory of an unquantized layer."""
 
     name = "dequantized"

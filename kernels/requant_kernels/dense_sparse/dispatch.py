@@ -1,29 +1,20 @@
 """Which implementation runs a layer: the first that can, in a fixed order, decided once at load time."""
 
-import logging
-from functools import cache
-
 import torch
 
+from requant_kernels.choice import first_able
 from requant_kernels.dense_sparse.cpu_int4 import CpuInt4
 from requant_kernels.dense_sparse.dequantized import Dequantized
 from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
+from requant_kernels.dense_sparse.triton import IMPLEMENTATION as TRITON
 from requant_kernels.weight import DenseSparseWeight
 
-_LOG = logging.getLogger(__name__)
-
-IMPLEMENTATIONS: dict[str, Implementation] = {one.name: one for one in (CpuInt4(), Dequantized())}
+IMPLEMENTATIONS: dict[str, Implementation] = {one.name: one for one in (TRITON, CpuInt4(), Dequantized())}
 
 
-def choose(config: LayerConfig) -> tuple[Implementation, tuple[str, ...]]:
-    """The implementation of ``config`` and why those before it can not. Raises ValueError where none can."""
-    refusals: list[str] = []
-    for implementation in IMPLEMENTATIONS.values():
-        able, reason = implementation.can_implement(config)
-        if able:
-            return implementation, tuple(refusals)
-        refusals.append(f"{implementation.name}: {reason}")
-    raise ValueError(f"no implementation of {_kind(config)}: {'; '.join(refusals)}")
+def choose(config: LayerConfig) -> Implementation:
+    """The implementation of ``config``. Raises ValueError, with every reason, where none can."""
+    return first_able(IMPLEMENTATIONS.values(), config, _kind(config))
 
 
 def prepare(weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -32,9 +23,12 @@ def prepare(weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device)
     Its bias correction is left to the caller: a bias like any other.
     """
     config = LayerConfig.of(weight, dtype, device)
-    implementation, refusals = choose(config)
-    _log_once(_kind(config), implementation.name, refusals)
-    return implementation.prepare(weight, config)
+    return choose(config).prepare(weight, config)
+
+
+def warm_up(prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+    """Compiles now what serving ``prepared`` with up to ``limit`` tokens can reach: nothing is compiled later."""
+    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit)
 
 
 def _kind(config: LayerConfig) -> str:
@@ -43,8 +37,3 @@ def _kind(config: LayerConfig) -> str:
     group = "per row" if config.group_size == config.in_features else f"group {config.group_size}"
     sparse = "sparse" if config.scheme.sparse else "dense"
     return f"{weights.bits}-bit {levels} {group} {sparse} layers with {config.dtype} on {config.device.type}"
-
-
-@cache
-def _log_once(kind: str, name: str, refusals: tuple[str, ...]) -> None:
-    _LOG.info("%s run as %s%s", kind, name, f" ({'; '.join(refusals)})" if refusals else "")

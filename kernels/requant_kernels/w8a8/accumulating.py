@@ -5,13 +5,13 @@ from functools import cached_property
 import torch
 
 from requant_kernels.dense_sparse.interface import Prepared
-from requant_kernels.w8a8.interface import LayerConfig
+from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.products import Product
 from requant_kernels.w8a8.runtime import Runtime
 from requant_kernels.w8a8.weight import W8A8Weight
 
 
-class Accumulating:
+class Accumulating(Implementation):
     """One implementation for each product: its sums, then times the steps, plus the bias."""
 
     def __init__(self, product: Product) -> None:

@@ -25,6 +25,11 @@ def prepare(weight: W8A8Weight, dtype: torch.dtype, device: torch.device) -> Pre
     return first_able(IMPLEMENTATIONS.values(), config, _kind(config)).prepare(weight, config)
 
 
+def warm_up(prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+    """Compiles now what serving ``prepared`` with up to ``limit`` tokens can reach: nothing is compiled later."""
+    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit)
+
+
 def _kind(config: LayerConfig) -> str:
     steps = "dynamic" if config.activations.dynamic else "static"
     symmetry = "symmetric" if config.activations.symmetric else "asymmetric"

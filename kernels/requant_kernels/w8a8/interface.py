@@ -47,3 +47,7 @@ class Implementation(Protocol):
     ) -> torch.Tensor:
         """x [M, K] contiguous -> [M, N] of x's dtype. No device synchronisation; branches on shapes only."""
         ...
+
+    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach; by default there is nothing."""
+        return None

@@ -10,14 +10,14 @@ import torch
 
 from requant_kernels.dense_sparse.interface import Prepared
 from requant_kernels.w8a8 import saturation
-from requant_kernels.w8a8.interface import LayerConfig
+from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.runtime import Runtime
 from requant_kernels.w8a8.weight import W8A8Weight
 
 CACHED_PRIMITIVES = 32  # numbers of tokens for which a layer keeps oneDNN's code: vLLM's own choice
 
 
-class OneDnn:
+class OneDnn(Implementation):
     name = "onednn"
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:

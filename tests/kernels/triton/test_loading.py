@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,22 @@ def warmed_up() -> tuple[int, int]:
     from requant_kernels.dense_sparse.triton.table import Table
 
     case = Case(1, 1, 1)
-    implementation = Triton(Table((), "test", (FEW, MIDDLE), case.table.decode))
     weight = random_weight(LayerScheme(WeightScheme(2, 32)), (16, 32))
-    prepared = implementation.prepare(weight, LayerConfig.of(weight, torch.bfloat16, torch.device("cpu")))
-    calls = implementation.warm_up([prepared], torch.bfloat16, torch.device("cpu"), limit=40)
-    return calls, implementation.warm_up([prepared, prepared], torch.bfloat16, torch.device("cpu"), limit=40)
+    prepared = Triton().prepare(weight, LayerConfig.of(weight, torch.bfloat16, torch.device("cpu")))
+    calls = 0
+
+    class Counted(Triton):
+        def apply(self, *arguments: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return super().apply(*arguments)
+
+    implementation = Counted(Table((), "test", (FEW, MIDDLE), case.table.decode))
+    cpu = torch.device("cpu")
+    implementation.warm_up(prepared, torch.bfloat16, cpu, limit=40)
+    once = calls
+    implementation.warm_up(prepared, torch.bfloat16, cpu, limit=40)
+    return once, calls
 
 
 def test_layers_of_one_kind_are_warmed_up_once(interpreted):
@@ -47,7 +59,7 @@ def test_nothing_is_compiled_after_warm_up():
     device = torch.device("cuda")
     weight = random_weight(LayerScheme(WeightScheme(4, 128), SparseScheme()), (384, 1024))
     prepared = IMPLEMENTATION.prepare(weight, LayerConfig.of(weight, torch.bfloat16, device))
-    IMPLEMENTATION.warm_up([prepared], torch.bfloat16, device)
+    IMPLEMENTATION.warm_up(prepared, torch.bfloat16, device, 2048)
     before = compiled()
     for tokens in (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 128, 255, 256, 257, 1000):
         x = torch.randn(tokens, 1024, dtype=torch.bfloat16, device=device)

@@ -1,12 +1,11 @@
 """The Triton kernels as an implementation that dispatch can choose. Importing this needs no GPU and no triton."""
 
-from collections.abc import Iterable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-from requant_kernels.dense_sparse.interface import LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer, build
 from requant_kernels.dense_sparse.triton.strips import STRIP
 from requant_kernels.dense_sparse.triton.table import Table, table_of
@@ -16,7 +15,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)
 
 
-class Triton:
+class Triton(Implementation):
     """Every scheme in bfloat16 and float16 on CUDA devices from compute capability 8.0 on.
 
     ``table`` overrides the launch configurations that belong to the device; ``launch`` decides what runs.
@@ -26,6 +25,7 @@ class Triton:
 
     def __init__(self, table: Table | None = None) -> None:
         self._table = table
+        self._warm: set[tuple[object, ...]] = set()
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         if config.device.type != "cuda":
@@ -57,24 +57,19 @@ class Triton:
     def _table_of(self, x: torch.Tensor) -> Table:
         return self._table or table_of(x.device)
 
-    def warm_up(
-        self, layers: Iterable[Prepared], dtype: torch.dtype, device: torch.device, limit: int | None = None
-    ) -> int:
-        """Runs every kernel that serving ``layers`` with up to ``limit`` tokens can reach, with and without a bias:
-        none is compiled later. Layers of one kind share their kernels and run once. Returns the number of calls."""
-        kinds = {(layer.out_features, *layer.meta): layer for layer in layers if layer.implementation == self.name}
-        table = self._table or table_of(device)
-        calls = 0
-        for prepared in kinds.values():
-            layer = _layer(prepared.meta)
-            for tokens in table.regimes(layer.bits, layer.kind == CODEBOOK):
-                if limit is not None and tokens > limit:
-                    continue
+    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+        """Runs every kernel that serving ``prepared`` with up to ``limit`` tokens can reach, with and without a bias:
+        none is compiled later. Layers of one kind share their kernels: only the first of them runs."""
+        kind = (prepared.out_features, *prepared.meta, dtype, device, limit)
+        if kind in self._warm:
+            return
+        self._warm.add(kind)
+        layer, table = _layer(prepared.meta), self._table or table_of(device)
+        for tokens in table.regimes(layer.bits, layer.kind == CODEBOOK):
+            if tokens <= limit:
                 x = torch.zeros(tokens, layer.in_features, dtype=dtype, device=device)
                 for bias in (None, x.new_zeros(prepared.out_features)):
                     self.apply(x, list(prepared.tensors.values()), bias, prepared.out_features, list(prepared.meta))
-                    calls += 1
-        return calls
 
 
 @cache
