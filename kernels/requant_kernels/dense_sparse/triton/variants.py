@@ -96,9 +96,11 @@ def _cover() -> Iterator[Variant]:
             kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
             yield _variant(name, tile, tile.bits[0] if tile.bits else 4, group, kind, "bf16")
     hopper = tables()["h200"]
-    one, eight, sixty_four, most = (hopper.tile(tokens, 4, False) for tokens in (1, 8, 64, 128))
+    one, sixteen, sixty_four, most = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64, 128))
+    eight = hopper.tile(8, 8, False)
     assert one
     assert eight
+    assert sixteen
     assert sixty_four
     assert most
     for bits, group, kind in (
@@ -113,6 +115,8 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
     yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", partial=True)
+    yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", partial=True)
+    yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", most, 8, 128, ASYMMETRIC, "bf16")
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
