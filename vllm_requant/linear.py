@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from requant_kernels.dense_sparse import dispatch
-from requant_kernels.ops import dense_sparse_linear
+from requant_kernels.ops import dense_sparse_linear, run_dense_sparse
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 from vllm.config import get_current_vllm_config
@@ -77,14 +77,8 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.scheme.bias_correction:
             correction: torch.Tensor = layer.bias_correction  # type: ignore[assignment]
             bias = correction if bias is None else bias + correction
-        return torch.ops.requant.dense_sparse_linear.default(
-            x,
-            [getattr(layer, name) for name in self._tensors],
-            bias,
-            self._implementation,
-            self._out_features,
-            self._meta,
-        )
+        tensors = [getattr(layer, name) for name in self._tensors]
+        return run_dense_sparse(x, tensors, bias, self._implementation, self._out_features, self._meta)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """W [N, K] in the dtype of the activations, whatever the layout: (I W^T)^T.

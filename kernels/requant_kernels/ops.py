@@ -1,6 +1,6 @@
 """The operators that torch.compile and CUDA graphs see as one node each, registered once per process."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,18 +14,17 @@ _ARGUMENTS = "(Tensor x, Tensor[] weights, Tensor? bias, str implementation, int
 
 def dense_sparse_linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """y = x W^T + bias with a layer that dispatch prepared: x [..., K] -> [..., N] of x's dtype."""
-    return _call(torch.ops.requant.dense_sparse_linear.default, x, prepared, bias)
+    return run_dense_sparse(x, *_parts(prepared, bias))
 
 
 def w8a8_linear(x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The same with a W8A8 layer, which rounds x to int8 first."""
-    return _call(torch.ops.requant.w8a8_linear.default, x, prepared, bias)
+    return run_w8a8(x, *_parts(prepared, bias))
 
 
-def _call(operator: Any, x: torch.Tensor, prepared: Prepared, bias: torch.Tensor | None) -> torch.Tensor:
-    return operator(
-        x, list(prepared.tensors.values()), bias, prepared.implementation, prepared.out_features, list(prepared.meta)
-    )
+def _parts(prepared: Prepared, bias: torch.Tensor | None) -> tuple[Any, ...]:
+    tensors, meta = list(prepared.tensors.values()), list(prepared.meta)
+    return tensors, bias, prepared.implementation, prepared.out_features, meta
 
 
 class _Runs(Protocol):
@@ -39,7 +38,10 @@ class _Runs(Protocol):
     ) -> torch.Tensor: ...
 
 
-def _operator(implementations: Mapping[str, _Runs]) -> Any:
+_Linear = Callable[..., torch.Tensor]
+
+
+def _operator(implementations: Mapping[str, _Runs]) -> _Linear:
     def linear(  # noqa: PLR0917 (the schema is positional)
         x: torch.Tensor,
         weights: list[torch.Tensor],
@@ -68,17 +70,25 @@ def _fake(  # noqa: PLR0917
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _register(name: str, implementations: Mapping[str, _Runs]) -> None:
-    if hasattr(torch.ops.requant, name):
-        return
+def _register(name: str, implementations: Mapping[str, _Runs]) -> _Linear:
+    """The operator of that ``name`` for torch.compile; without it, the same function: the way through torch's
+    dispatcher takes longer than the product of a small layer with one token."""
+    linear = _operator(implementations)
     # Library and not torch.library.custom_op: its checks cost more than a small layer takes for one token.
     library: Any = torch.library.Library("requant", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(name + _ARGUMENTS)
-    library.impl(name, _operator(implementations), "CompositeExplicitAutograd")
+    library.impl(name, linear, "CompositeExplicitAutograd")
     torch.library.register_fake(f"requant::{name}", _fake, lib=library)
     _LIBRARIES.append(library)
+    operator = getattr(torch.ops.requant, name).default
+
+    def run(*arguments: Any) -> torch.Tensor:
+        return operator(*arguments) if torch.compiler.is_compiling() else linear(*arguments)
+
+    return run
 
 
 _LIBRARIES: list[Any] = []  # an operator is unregistered when its library is freed
-_register("dense_sparse_linear", dense_sparse.IMPLEMENTATIONS)
-_register("w8a8_linear", w8a8.IMPLEMENTATIONS)
+# x, then what Prepared holds: for layers whose tensors live elsewhere
+run_dense_sparse = _register("dense_sparse_linear", dense_sparse.IMPLEMENTATIONS)
+run_w8a8 = _register("w8a8_linear", w8a8.IMPLEMENTATIONS)

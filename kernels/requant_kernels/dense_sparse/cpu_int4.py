@@ -4,6 +4,8 @@ Both regimes read one packed copy of the weights. Codes of 2 and 3 bits move int
 memory, but decode to the same numbers.
 """
 
+import warnings
+from functools import cache
 from math import gcd
 
 import torch
@@ -116,21 +118,34 @@ def _multiply_packed(x: torch.Tensor, tensors: list[torch.Tensor], group: int) -
     packed, scale_and_zero, *sparse = tensors
     y = multiply_panels(x, packed, group, scale_and_zero)
     if sparse:
-        y += _multiply_sparse(x.float(), *sparse)
+        row_offsets, _, columns, values = sparse
+        y += _multiply_sparse(x, row_offsets, columns, values)
     return y
 
 
 def _multiply_sparse(
-    x: torch.Tensor, row_offsets: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+    x: torch.Tensor, row_offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """x fp32 [M, K] -> [M, N']. For one token torch's products over rows of two or three entries spend their time on
-    mispredicted branches; gathering and scattering single numbers does not."""
-    if len(x) == 1:
-        products = x[0].index_select(0, columns).mul_(values)
-        return x.new_zeros(len(row_offsets) - 1).index_add_(0, rows, products)
-    return torch.nn.functional.embedding_bag(
-        columns, x.t().contiguous(), row_offsets, mode="sum", per_sample_weights=values, include_last_offset=True
-    ).t()
+    """x [M, K] -> fp32 [M, N']. Short rows defeat embedding_bag for one token, and the product of matrices for many."""
+    if len(x) == 1 and _has_csr_product():
+        size = (len(row_offsets) - 1, x.shape[1])
+        matrix = torch.sparse_csr_tensor(row_offsets, columns, values, size, check_invariants=False)
+        return torch.mv(matrix, x[0].float())
+    transposed = x.t().to(torch.float32, memory_format=torch.contiguous_format)
+    # The function under torch.nn.functional's, whose checks cost more than a small layer's product: mode 0 is a sum.
+    return torch.embedding_bag(transposed, columns, row_offsets, False, 0, False, values, True)[0].t()
+
+
+@cache
+def _has_csr_product() -> bool:
+    """It comes with MKL only. Asked here, with the warning that torch gives once about its sparse tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.mv(torch.ones(2, 2).to_sparse_csr(), torch.ones(2))
+        except RuntimeError:
+            return False
+    return True
 
 
 def _decode_and_multiply(x: torch.Tensor, tensors: list[torch.Tensor], group: int, panel: int) -> torch.Tensor:
