@@ -50,10 +50,12 @@ def _operator(implementations: Mapping[str, _Runs]) -> _Linear:
         out_features: int,
         meta: list[int],
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if not rows.shape[0]:
+        if not x.numel():
             return x.new_empty(*x.shape[:-1], out_features)
-        y = implementations[implementation].apply(rows, weights, bias, out_features, meta)
+        apply = implementations[implementation].apply
+        if x.dim() == 2 and x.is_contiguous():  # as vLLM calls it: views cost as much as a small product
+            return apply(x, weights, bias, out_features, meta)
+        y = apply(x.reshape(-1, x.shape[-1]).contiguous(), weights, bias, out_features, meta)
         return y.view(*x.shape[:-1], out_features)
 
     return linear

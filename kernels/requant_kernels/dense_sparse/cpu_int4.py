@@ -4,12 +4,11 @@ Both regimes read one packed copy of the weights. Codes of 2 and 3 bits move int
 memory, but decode to the same numbers.
 """
 
-import warnings
-from functools import cache
 from math import gcd
 
 import torch
 
+from requant_kernels.dense_sparse.cpu_sparse import add_sparse, compiled_row
 from requant_kernels.dense_sparse.int4_panels import (
     GROUP_SIZES,
     ROW_MULTIPLE,
@@ -64,6 +63,7 @@ class CpuInt4(Implementation):
             .contiguous(),
         }
         if weight.sparse is not None and weight.sparse.nnz:
+            compiled_row()
             offsets = weight.sparse.row_offsets
             tensors |= {
                 "sparse_row_offsets": torch.cat((offsets, offsets[-1:].expand(padding))),
@@ -115,37 +115,11 @@ def _in_4_bit_grid(weight: DenseSparseWeight) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _multiply_packed(x: torch.Tensor, tensors: list[torch.Tensor], group: int) -> torch.Tensor:
-    packed, scale_and_zero, *sparse = tensors
-    y = multiply_panels(x, packed, group, scale_and_zero)
-    if sparse:
-        row_offsets, _, columns, values = sparse
-        y += _multiply_sparse(x, row_offsets, columns, values)
+    y = multiply_panels(x, tensors[0], group, tensors[1])
+    if len(tensors) > 2:
+        _, _, row_offsets, _, columns, values = tensors
+        add_sparse(y, x, row_offsets, columns, values)
     return y
-
-
-def _multiply_sparse(
-    x: torch.Tensor, row_offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
-) -> torch.Tensor:
-    """x [M, K] -> fp32 [M, N']. Short rows defeat embedding_bag for one token, and the product of matrices for many."""
-    if len(x) == 1 and _has_csr_product():
-        size = (len(row_offsets) - 1, x.shape[1])
-        matrix = torch.sparse_csr_tensor(row_offsets, columns, values, size, check_invariants=False)
-        return torch.mv(matrix, x[0].float())
-    transposed = x.t().to(torch.float32, memory_format=torch.contiguous_format)
-    # The function under torch.nn.functional's, whose checks cost more than a small layer's product: mode 0 is a sum.
-    return torch.embedding_bag(transposed, columns, row_offsets, False, 0, False, values, True)[0].t()
-
-
-@cache
-def _has_csr_product() -> bool:
-    """It comes with MKL only. Asked here, with the warning that torch gives once about its sparse tensors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.mv(torch.ones(2, 2).to_sparse_csr(), torch.ones(2))
-        except RuntimeError:
-            return False
-    return True
 
 
 def _decode_and_multiply(x: torch.Tensor, tensors: list[torch.Tensor], group: int, panel: int) -> torch.Tensor:
