@@ -7,24 +7,27 @@ from functools import partial
 from typing import Any
 
 import torch
+from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
-from requant_kernels.weight import DenseSparseWeight
 from torch import nn
 from transformers import PreTrainedModel
 
 from requant import models
+from requant.aweq import int8
 from requant.aweq.rewrite import Rewriter
+from requant.aweq.settle import Side
+from requant.aweq.steps import Steps
 from requant.calibration import Windows
 from requant.detach.choice import Budget, choose
 from requant.progress import track
 from requant.quantizers import awq, kmeans, rtn
-from requant.quantizers.bases import BASES, Rounding, Task
+from requant.quantizers.bases import BASES, FixedRounding, Rounding, Task
 from requant.quantizers.dense import attach_residual
 from requant.quantizers.learned import LearnedRounding
 from requant.recipe import Recipe
 from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.quadrature import nodes
-from requant.settings import EQUALIZED, FISHER
+from requant.settings import DATA_FREE, EQUALIZED, FISHER
 from requant.statistics import InputStatistics, collect
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
@@ -38,12 +41,14 @@ Masks = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class Calibrated:
     """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
-    original's predictions at each step of distillation, nats per token. windows: what all this was measured on."""
+    original's predictions at each step of distillation, nats per token. windows: what all this was measured on.
+    decisions: of AWEQ, by the name of a layer or a norm."""
 
     windows: Windows
-    layers: dict[str, DenseSparseWeight]
+    layers: dict[str, QuantizedLayer]
     integrals: list[Completeness]
     divergences: list[float]
+    decisions: dict[str, dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
         """For the report: what was read, how complete the path integrals were, what distillation gained."""
@@ -60,6 +65,8 @@ class Calibrated:
                 "first": self.divergences[0],
                 "last": sum(self.divergences[-tenth:]) / tenth,
             }
+        if self.decisions:
+            found["decisions"] = self.decisions
         return found
 
 
@@ -67,7 +74,7 @@ class Calibrated:
 class CalibratedRun:
     """``network`` computes in fp32 and is stored in ``dtype``; ``schemes``: the layers to quantize, by full name.
 
-    The network's norms may be rewritten (AWQ), and then the linear layers that read them; all else stays.
+    The network may be rewritten (AWQ, AWEQ) into another that is the same function; all else stays.
     """
 
     network: PreTrainedModel
@@ -83,10 +90,11 @@ class CalibratedRun:
         masks, integrals = self._sparse_entries(samples)
         importance = self._fisher(samples) if self.recipe.base in FISHER else {}
         teacher = self._teacher(samples)
-        roundings = self._blocks(samples, masks, importance)
+        steps = Steps(self.recipe, self.architecture, self.schemes, self.network.config, self.dtype)
+        roundings, settled = self._blocks(samples, masks, importance, steps)
         divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
-        layers = {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}
-        return Calibrated(windows, layers, integrals, divergences)
+        layers = settled | {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}
+        return Calibrated(windows, layers, integrals, divergences, steps.report())
 
     @property
     def _linears(self) -> dict[str, nn.Linear]:
@@ -94,8 +102,9 @@ class CalibratedRun:
         return {name: linear for name, linear in found.items() if name in self.schemes}
 
     def _path(self, rounded: bool) -> Path:
-        """From the model's weights to their first quantization, or to themselves."""
-        parameters = {name: linear.get_parameter("weight") for name, linear in self._linears.items()}
+        """From the weights of the layers with a sparse part to their first quantization, or from all to themselves."""
+        linears = {name: one for name, one in self._linears.items() if self.schemes[name].sparse or not rounded}
+        parameters = {name: linear.get_parameter("weight") for name, linear in linears.items()}
         start = {name: weight.detach().clone() for name, weight in parameters.items()}
         end = {name: self._first_rounded(name, weight, None) for name, weight in start.items()} if rounded else start
         blocks = [block for _, block in models.blocks(self.network, self.architecture)]
@@ -126,36 +135,54 @@ class CalibratedRun:
             return [final_state(self.network, ids) for ids in track(samples, len(samples), "original's predictions")]
 
     @torch.no_grad()
-    def _blocks(self, samples: Samples, masks: Masks, importance: Mapping[str, torch.Tensor]) -> dict[str, Rounding]:
-        """Each block is quantized for the inputs that the quantized blocks before it produce."""
+    def _blocks(
+        self, samples: Samples, masks: Masks, importance: Mapping[str, torch.Tensor], steps: Steps
+    ) -> tuple[dict[str, Rounding], dict[str, QuantizedLayer]]:
+        """Each block is quantized for the inputs that the quantized blocks before it produce. Returns what may still be
+        trained, and what is settled for good."""
         blocks = list(models.blocks(self.network, self.architecture))
         calls = block_calls(self.network, [block for _, block in blocks], samples)
-        inputs, originals, roundings = list(calls.hidden), calls.hidden, dict[str, Rounding]()
+        inputs, originals = list(calls.hidden), calls.hidden
+        roundings, settled = dict[str, Rounding](), dict[str, QuantizedLayer]()
         for index, (prefix, block) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
             run = partial(run_block, block, keywords=calls.keywords[index])
-            originals = [run(hidden) for hidden in originals]
+            original = Side(block, originals, calls.keywords[index])
+            originals = steps.equalize(prefix, original)
             linears = {name: linear for name, linear in self._linears.items() if name.startswith(f"{prefix}.")}
-            statistics = collect(block, linears, inputs, calls.keywords[index])
+            statistics = {}
+            if self.recipe.base not in DATA_FREE:
+                statistics = collect(block, linears, inputs, calls.keywords[index])
             if self.recipe.base in EQUALIZED:
                 self._equalize(prefix, block, statistics, masks)
             made = {
-                name: BASES[self.recipe.base](
+                name: self._rounding(
+                    name,
                     Task(
                         linear.weight.detach(),
                         self.schemes[name].weights,
                         self.dtype,
-                        statistics[name],
+                        statistics.get(name),
                         masks.get(name),
                         importance.get(name),
-                    )
+                    ),
                 )
                 for name, linear in linears.items()
             }
+            if steps.settles:
+                layers = {name: self._stored(name, rounding, masks) for name, rounding in made.items()}
+                layers, inputs = steps.settle(prefix, layers, original, originals, inputs)
+                settled |= layers
+                continue
             with trainable(linears, made):
                 self._train(run, made, list(zip(inputs, originals, strict=True)))
                 inputs = [run(hidden) for hidden in inputs]
             roundings |= made
-        return roundings
+        return roundings, settled
+
+    def _rounding(self, name: str, task: Task) -> Rounding:
+        if self.recipe.activations_of(name).per_tensor:
+            return FixedRounding(int8.one_step(task.weight, task.dtype), task.weight, None)
+        return BASES[self.recipe.base](task)
 
     def _equalize(self, prefix: str, block: nn.Module, statistics: dict[str, InputStatistics], masks: Masks) -> None:
         """Scales the inputs of ``block``'s layers as AWQ does; ``statistics`` follow."""
@@ -199,6 +226,8 @@ class CalibratedRun:
         with trainable(self._linears, roundings):
             return distill(self.network, blocks, learned, samples, self.recipe.distillation, seed=self.recipe.seed)
 
-    def _stored(self, name: str, rounding: Rounding, masks: Masks) -> DenseSparseWeight:
+    def _stored(self, name: str, rounding: Rounding, masks: Masks) -> QuantizedLayer:
         dense, target = rounding.quantized()
+        if self.schemes[name].activations:
+            return int8.from_dense(dense, self.schemes[name])
         return attach_residual(target, dense, masks[name], self.dtype) if name in masks else dense.pack()

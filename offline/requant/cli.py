@@ -47,14 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=_quantize)
     quantize.add_argument("model", metavar="MODEL", help="folder, hub name, or GGUF file")
     quantize.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to make")
-    quantize.add_argument(
-        "--recipe", default=recipes.DEFAULT, metavar="NAME|FILE", help=f"default {recipes.DEFAULT}; options override it"
-    )
-    quantize.add_argument("--method", "--base", dest="base", choices=settings.BASES, help="base quantizer")
+    quantize.add_argument("--recipe", metavar="NAME|FILE", help=f"default {recipes.DEFAULT}; options override it")
+    quantize.add_argument("--method", choices=("aweq", *settings.BASES), help="aweq: its preset; else a base quantizer")
+    quantize.add_argument("--base", choices=settings.BASES, help="base quantizer")
     quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8))
     quantize.add_argument("--group-size", type=int, metavar="N", help="-1 (one per row), 32, 64, 128 or 256")
     quantize.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=None)
     quantize.add_argument("--outliers", metavar="RATIO", help="share kept in the sparse part, such as 0.5%%")
+    quantize.add_argument("--activations", choices=("none", "dynamic", "static"), help="int8 inputs, of 8-bit weights")
+    quantize.add_argument("--equalize", choices=("none", "minmax", "absmax"), help="ranges that channels are scaled by")
+    quantize.add_argument("--alpha", type=float, help="of --equalize; without it, searched for each pair of layers")
+    quantize.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=None)
     quantize.add_argument("--ignore", action="append", metavar="REGEX", help="layers to leave as they are; repeatable")
     quantize.add_argument("--seed", type=int)
     quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -106,7 +109,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report.to_dict()))
     else:
-        print(f"{arguments.out}: {report.total.describe()}")
+        print("\n".join([f"{arguments.out}: {report.total.describe()}", *report.remarks()]))
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -173,15 +176,30 @@ def _degrees(text: str) -> tuple[int, ...]:
 
 def _recipe(arguments: argparse.Namespace) -> recipes.Recipe:
     """The recipe named, with what the options say otherwise."""
-    recipe = recipes.load_recipe(arguments.recipe)
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    changes: dict[str, Any] = {name: given[name] for name in ("base", "seed") if name in given}
+    recipe = recipes.load_recipe(given.get("recipe") or _preset(given))
+    changes: dict[str, Any] = {name: given[name] for name in ("base", "seed", "bias_correction") if name in given}
+    if given.get("method", "aweq") != "aweq":
+        changes["base"] = given["method"]
     if "outliers" in given:
         changes["outliers"] = recipes.parse_ratio(given["outliers"])
     if "ignore" in given:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
+    if "activations" in given:
+        changes["activations"] = dataclasses.replace(recipe.activations, mode=given["activations"])
+    equalization = {
+        name: given[option] for option, name in (("equalize", "range"), ("alpha", "alpha")) if option in given
+    }
+    changes["equalization"] = dataclasses.replace(recipe.equalization, **equalization)
     weights = {name: given[name] for name in ("bits", "group_size", "symmetric") if name in given}
     return dataclasses.replace(recipe, weights=dataclasses.replace(recipe.weights, **weights), **changes)
+
+
+def _preset(given: dict[str, Any]) -> str:
+    """Of the method; W8A8 is AWEQ's own."""
+    if given.get("method") != "aweq":
+        return "rtn-w8a8" if given.get("activations", "none") != "none" else recipes.DEFAULT
+    return "aweq-w8a8" if given.get("bits", 8) == 8 else "aweq-w4"
 
 
 def _quiet_libraries() -> None:

@@ -1,5 +1,7 @@
 """Lets transformers load a requant checkpoint, decoded to full precision; importing this module registers it.
 
+Weights are decoded; inputs are rounded and outputs corrected by hooks and biases, as the reference says.
+
 Without it ``AutoModelForCausalLM.from_pretrained`` does not know the format and leaves every linear layer random.
 """
 
@@ -8,22 +10,35 @@ from typing import Any
 
 import torch
 from requant_kernels.errors import CheckpointError
+from requant_kernels.layer import layer_from_tensors
 from requant_kernels.reference import dequantize
 from requant_kernels.scheme import QUANT_METHOD, CheckpointScheme
-from requant_kernels.weight import SPARSE_TENSORS, DenseSparseWeight
+from requant_kernels.weight import SPARSE_TENSORS
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from requant.stored import Defect
-from requant.validation import defects
+from requant.aweq.installed import install_around
+from requant.stored import Defect, open_checkpoint
+from requant.validation import defects, read_layer
 
-_TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_codebook", *SPARSE_TENSORS)
+_TENSORS = (
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_codebook",
+    *SPARSE_TENSORS,
+    "input_scale",
+    "input_zero_point",
+    "bias_correction",
+)
 
 
 def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The checkpoint as an ordinary transformers model whose weights are dense + sparse in ``dtype``.
+    """The checkpoint as a transformers model whose weights are decoded to ``dtype``: an ordinary one, but for the hooks
+    that round the inputs of W8A8 layers.
 
     Only fp32 holds the decoded values exactly. Raises CheckpointError naming file, tensor and reason.
     """
@@ -60,20 +75,25 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        scheme = self.quantization_config.scheme
-        if any(layer.activations or layer.bias_correction for layer in (scheme.scheme, *scheme.overrides.values())):
-            raise CheckpointError("config.json: W8A8 and bias correction run in vLLM only, not in transformers")
         # transformers reports a failing conversion only after the fact and with a traceback; refuse beforehand
         if checkpoint_files:
-            _refuse(next(defects(Path(checkpoint_files[0]).parent), None))
+            self._folder = Path(checkpoint_files[0]).parent
+            _refuse(next(defects(self._folder), None))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model._weight_conversions = None  # save_pretrained would try to undo the decoding
+        stored = open_checkpoint(self._folder)
+        for name, module in model.named_modules():
+            scheme = stored.scheme.for_layer(name) if isinstance(module, nn.Linear) else None
+            if scheme and (scheme.activations or scheme.bias_correction):
+                install_around(module, read_layer(stored, name, scheme))
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        sources = [rf"\.{name}$" for name in _TENSORS]
+        scheme = self.quantization_config.scheme
+        int8 = any(one.activations for one in (scheme.scheme, *scheme.overrides.values()))
+        sources = [rf"\.{name}$" for name in (*_TENSORS, *(("weight",) if int8 else ()))]
         return [WeightConverter(sources, ".weight", [_Decode(self.quantization_config.scheme)])]
 
     def is_serializable(self, **_: Any) -> bool:
@@ -93,7 +113,9 @@ class _Decode(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, torch.Tensor]:
         layer = full_layer_name.removesuffix(".weight")
         scheme = self._scheme.for_layer(layer)
-        if scheme is None:
-            raise CheckpointError(f"{layer}: quantized tensors of a layer that config.json leaves as it is")
         tensors = {pattern[2:-1]: values[0] for pattern, values in input_dict.items()}
-        return {full_layer_name: dequantize(DenseSparseWeight.from_tensors(scheme, tensors, layer)).to(model.dtype)}
+        if not isinstance(model.get_submodule(layer), nn.Linear) or scheme is None:
+            if tensors.keys() != {"weight"}:
+                raise CheckpointError(f"{layer}: quantized tensors of a layer that config.json leaves as it is")
+            return {full_layer_name: tensors["weight"].to(model.dtype)}
+        return {full_layer_name: dequantize(layer_from_tensors(scheme, tensors, layer)).to(model.dtype)}

@@ -14,8 +14,7 @@ _CARD = """\
 
 # {model}, quantized by requant
 
-Dense low-bit weights plus an unstructured sparse residual (`quant_method: requant`, format version 1), made by
-vllm-requant from `{model}`.
+{kinds} (`quant_method: requant`, format version 1), made by vllm-requant from `{model}`.
 
 | | |
 |---|---|
@@ -54,6 +53,7 @@ def model_card(report: Report, source: Source) -> str:
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).strip(),
         model=report.model,
+        kinds=_kinds(report),
         layers=total.layers,
         skipped=total.skipped_layers,
         bits=total.bits_per_weight,
@@ -66,6 +66,13 @@ def model_card(report: Report, source: Source) -> str:
         producer=", ".join(f"{name} {version}" for name, version in report.producer.items()),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False),
     )
+
+
+def _kinds(report: Report) -> str:
+    schemes = [row.scheme for row in report.layers if row.scheme]
+    few = "dense low-bit weights plus an unstructured sparse residual"
+    kinds = {"int8 weights and int8 inputs" if scheme.activations else few: None for scheme in schemes}
+    return "; ".join(kinds).capitalize()
 
 
 def _license(source: Source) -> dict[str, str]:

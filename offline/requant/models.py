@@ -45,6 +45,12 @@ class Architecture:
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
+    @property
+    def stages(self) -> list[tuple[str, ...]]:
+        """The linear layers in the order in which a block runs them; those that are fed one tensor together."""
+        together = {member: members for members in self.fused for member in members}
+        return list(dict.fromkeys(together.get(name, (name,)) for name in self.linears))
+
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")

@@ -4,20 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from requant_kernels.layer import QuantizedLayer
 from requant_kernels.reference import dequantize
 from requant_kernels.scheme import CheckpointScheme, LayerScheme
-from requant_kernels.weight import MODEL_DTYPES, DenseSparseWeight
+from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
 from transformers import PreTrainedModel
 
 from requant import models, sources
+from requant.aweq import int8
 from requant.calibrated import Calibrated, CalibratedRun
 from requant.calibration import read_windows
 from requant.checkpoint import ShardWriter, write_json
 from requant.detach import outliers
 from requant.errors import InputError
 from requant.model_card import model_card
-from requant.planning import plan
+from requant.planning import fitted, plan
 from requant.progress import track
 from requant.quantizers.bases import DATA_FREE
 from requant.quantizers.dense import attach_residual
@@ -45,6 +47,8 @@ def run(
         architecture = models.ARCHITECTURES[network.config.model_type]
         calibrated = _calibrate(network, source, scheme, recipe, device) if recipe.calibrated else None
         layers = calibrated.layers if calibrated else {}
+        if layers:
+            scheme = fitted(scheme, {name: layer.scheme for name, layer in layers.items()})
         rows = _Walk(architecture, scheme, recipe, device, shards, layers).write(network)
         report = Report(
             model=source.name,
@@ -68,7 +72,7 @@ class _Walk:
     recipe: Recipe
     device: torch.device
     shards: ShardWriter
-    layers: dict[str, DenseSparseWeight]  # those that are quantized already, by name
+    layers: dict[str, QuantizedLayer]  # those that are quantized already, by name
 
     def write(self, network: PreTrainedModel) -> list[LayerRow]:
         for name, tensor in models.outer_tensors(network, self.architecture):
@@ -89,7 +93,7 @@ class _Walk:
             linear = local.removesuffix(".weight") in self.architecture.linears
             scheme = self.scheme.for_layer(layer) if linear else None
             if scheme:
-                stored = self.layers.pop(layer, None) or quantize_layer(tensor.to(self.device), scheme, self.recipe)
+                stored = self.layers.pop(layer, None) or self._quantized(layer, tensor, scheme)
                 for part, value in stored.to_tensors().items():
                     self.shards.add(f"{layer}.{part}", value)
                 rows.append(LayerRow.quantized(layer, stored, relative_error(tensor, stored)))
@@ -99,16 +103,26 @@ class _Walk:
                     rows.append(LayerRow.skipped(layer, tensor, "ignored by the recipe"))
         return rows
 
+    def _quantized(self, name: str, weight: torch.Tensor, scheme: LayerScheme) -> QuantizedLayer:
+        per_tensor = self.recipe.activations_of(name).per_tensor
+        return quantize_layer(weight.to(self.device), scheme, self.recipe, per_tensor=per_tensor)
 
-def quantize_layer(weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe) -> DenseSparseWeight:
+
+def quantize_layer(
+    weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe, *, per_tensor: bool = False
+) -> QuantizedLayer:
     """weight [N, K] in the model's dtype -> the layer to store, without calibration."""
     target = weight.float()
+    if per_tensor:
+        return int8.from_dense(int8.one_step(target, weight.dtype), scheme)
     mask = outliers.largest(target, recipe.outliers) if scheme.sparse else None
     dense = DATA_FREE[recipe.base](target, scheme.weights, dtype=weight.dtype, excluded=mask)
+    if scheme.activations:
+        return int8.from_dense(dense, scheme)
     return dense.pack() if mask is None else attach_residual(target, dense, mask, weight.dtype)
 
 
-def relative_error(weight: torch.Tensor, stored: DenseSparseWeight) -> float:
+def relative_error(weight: torch.Tensor, stored: QuantizedLayer) -> float:
     """|W - W~| / |W|, Frobenius norms."""
     target, decoded = weight.float(), dequantize(stored)
     norm = float(target.norm())

@@ -1,12 +1,17 @@
 """Decides, from names and shapes alone, how each linear layer will be stored; refuses before anything is written."""
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
 from requant_kernels.packing import WORD
-from requant_kernels.scheme import GROUP_SIZES, CheckpointScheme
+from requant_kernels.scheme import GROUP_SIZES, CheckpointScheme, LayerScheme
 from transformers import PreTrainedConfig
 
 from requant import models
+from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
 from requant.recipe import Recipe
 
@@ -15,19 +20,38 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
     """The scheme to be written into config.json. Raises InputError naming the layer, the reason and the way out."""
     architecture = models.ARCHITECTURES[config.model_type]
     linears = models.linears(models.skeleton(config), architecture)
-    for pattern in recipe.ignore:
-        if not any(re.fullmatch(pattern, name) for name in linears):
-            raise InputError(f"ignore {pattern!r}: matches no linear layer (one is named {next(iter(linears))})")
+    if recipe.equalization.wanted:
+        Rewriter.of(config, architecture, torch.float32)
+    for key in ("overrides", "ignore"):
+        for pattern in getattr(recipe, key):
+            if not any(re.fullmatch(pattern, name) for name in linears):
+                raise InputError(f"{key} {pattern!r}: matches no linear layer (one is named {next(iter(linears))})")
     scheme = CheckpointScheme(
-        recipe.layer_scheme, ignore=(re.escape(architecture.head), *recipe.ignore), producer=producer
+        recipe.layer_scheme,
+        overrides=recipe.layer_schemes,
+        ignore=(re.escape(architecture.head), *recipe.ignore),
+        producer=producer,
     )
-    quantized = {name: module.in_features for name, module in linears.items() if scheme.for_layer(name)}
-    if not quantized:
+    schemes = {name: scheme.for_layer(name) for name in linears}
+    packed: dict[int, dict[str, int]] = {}
+    for name, chosen in schemes.items():
+        if chosen and not chosen.activations:  # W8A8 has neither words nor groups to fill
+            packed.setdefault(chosen.weights.group_size, {})[name] = linears[name].in_features
+    if not any(schemes.values()):
         raise InputError("ignore: leaves no layer to quantize")
-    _refuse_shapes(quantized, recipe.weights.group_size)
+    for group_size, in_features in packed.items():
+        _refuse_shapes(in_features, group_size)
     if split := split_fused(scheme, config):
         raise InputError(split[0])
     return scheme
+
+
+def fitted(scheme: CheckpointScheme, layers: Mapping[str, LayerScheme]) -> CheckpointScheme:
+    """``scheme`` with the schemes that ``layers``, all that it quantizes, really have: the commonest as the default."""
+    counts = Counter(layers.values())
+    default = max(counts, key=counts.__getitem__)
+    overrides = {re.escape(name): one for name, one in layers.items() if one != default}
+    return replace(scheme, scheme=default, overrides=overrides)
 
 
 def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, SparseScheme, WeightScheme
 
+from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
 from requant.settings import (
     BASES,
     CODEBOOK,
     DATA_FREE,
+    EQUALIZED,
     PARTS,
     TRAINED,
     Calibration,
@@ -28,11 +30,30 @@ MAX_OUTLIERS = 0.1  # beyond it, CSR costs more than a wider dense part gains
 
 
 @dataclass(frozen=True)
+class Override:
+    """Other weights and activations, for some layers. ``weights`` may be left out where ``activations`` are rounded."""
+
+    weights: WeightScheme = W8A8_WEIGHTS
+    activations: Activations = field(default_factory=Activations)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> Self:
+        known = [one.name for one in fields(cls)]
+        if not isinstance(data, dict) or not data or set(data) - set(known):
+            raise InputError(f"{where}: expected a mapping with the keys {' and '.join(known)}, or one of them")
+        weights = WeightScheme.from_dict(data["weights"]) if "weights" in data else W8A8_WEIGHTS
+        activations = part_from_dict(Activations, data.get("activations", {}), f"{where}: activations")
+        assert isinstance(activations, Activations)
+        return cls(weights, activations)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """``outliers``, ``significant``: shares of all entries in the sparse part, chosen as ``selection`` says.
     ``training``: of the base ``learned``, by block; ``distillation``: of the same, through the whole model, off at 0
-    steps. ``ignore``: regular expressions; a linear layer whose full name one of them matches stays as it is. Raises
-    InputError, or SchemeError of ``weights``."""
+    steps. ``equalization``, ``activations``, ``bias_correction``: AWEQ's steps. ``overrides``: other weights and
+    activations for layers whose full name a regular expression matches. ``ignore``: regular expressions; a linear layer
+    whose full name one of them matches stays as it is. Raises InputError, or SchemeError of weights and activations."""
 
     weights: WeightScheme
     base: str = "rtn"
@@ -42,6 +63,10 @@ class Recipe:
     selection: Selection = field(default_factory=Selection)
     training: Training = field(default_factory=Training)
     distillation: Distillation = field(default_factory=Distillation)
+    equalization: Equalization = field(default_factory=Equalization)
+    activations: Activations = field(default_factory=Activations)
+    bias_correction: bool = False
+    overrides: dict[str, "Override"] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     seed: int = 0
 
@@ -59,23 +84,59 @@ class Recipe:
             raise InputError(f"recipe: base {self.base!r} needs weights.codebook {needed}")
         if self.distillation.steps and self.base not in TRAINED:
             raise InputError(f"recipe: distillation trains the base {TRAINED[0]!r}, not {self.base!r}")
-        for pattern in self.ignore:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise InputError(f"recipe: ignore {pattern!r} is not a regular expression ({error})") from None
+        for key in ("overrides", "ignore"):
+            for pattern in getattr(self, key):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise InputError(f"recipe: {key} {pattern!r} is not a regular expression ({error})") from None
+        self._check_aweq()
         if type(self.seed) is not int:
             raise InputError(f"recipe: seed {self.seed!r} is not an integer")
 
+    def _check_aweq(self) -> None:
+        if type(self.bias_correction) is not bool:
+            raise InputError(f"recipe: bias_correction {self.bias_correction!r} is not true or false")
+        if self.equalization.wanted and self.base in EQUALIZED:
+            raise InputError(f"recipe: base {self.base!r} equalizes by itself; leave equalization out")
+        schemes = [self.layer_scheme, *self.layer_schemes.values()]
+        if self.base in TRAINED and (self.bias_correction or any(scheme.activations for scheme in schemes)):
+            raise InputError(f"recipe: base {self.base!r} is trained without rounded inputs and bias correction")
+        if any(scheme.weights.codebook != (self.base in CODEBOOK) for scheme in schemes):
+            raise InputError(f"recipe: base {self.base!r} can not make the weights of every override")
+        per_tensor = any(
+            one.per_tensor for one in (self.activations, *(o.activations for o in self.overrides.values()))
+        )
+        if per_tensor and self.base != "rtn":
+            raise InputError("recipe: activations.per_tensor needs base 'rtn'")
+
     @property
     def layer_scheme(self) -> LayerScheme:
-        return LayerScheme(self.weights, SparseScheme() if self.outliers or self.significant else None)
+        return self._scheme(self.weights, self.activations)
+
+    @property
+    def layer_schemes(self) -> dict[str, LayerScheme]:
+        """Those of ``overrides``."""
+        return {pattern: self._scheme(one.weights, one.activations) for pattern, one in self.overrides.items()}
+
+    def activations_of(self, layer: str) -> Activations:
+        """``layer``: its full name."""
+        matching = (one.activations for pattern, one in self.overrides.items() if re.fullmatch(pattern, layer))
+        return next(matching, self.activations)
+
+    def _scheme(self, weights: WeightScheme, activations: Activations) -> LayerScheme:
+        """A W8A8 layer has no sparse part."""
+        sparse = SparseScheme() if (self.outliers or self.significant) and not activations.scheme else None
+        return LayerScheme(weights, sparse, activations.scheme, self.bias_correction)
 
     @property
     def calibrated(self) -> bool:
         """Whether it takes calibration text, and so the whole model at once."""
         adaptive = self.outliers > 0 and self.selection.rule != "magnitude"
-        return self.base not in DATA_FREE or self.significant > 0 or adaptive
+        aweq = self.equalization.wanted or self.bias_correction
+        inputs = (self.layer_scheme.activations, *(scheme.activations for scheme in self.layer_schemes.values()))
+        static = any(one is not None and not one.dynamic for one in inputs)
+        return self.base not in DATA_FREE or self.significant > 0 or adaptive or aweq or static
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Self:
@@ -87,6 +148,9 @@ class Recipe:
         ignore = data.get("ignore", ())
         if not isinstance(ignore, list | tuple):
             raise InputError(f"{where}: ignore {ignore!r} is not a list of regular expressions")
+        overrides = data.get("overrides", {})
+        if not isinstance(overrides, dict):
+            raise InputError(f"{where}: overrides {overrides!r} is not a mapping of regular expressions")
         return cls(
             **data
             | {
@@ -94,6 +158,7 @@ class Recipe:
                 "outliers": parse_ratio(data.get("outliers", 0.0)),
                 "significant": parse_ratio(data.get("significant", 0.0)),
                 **{key: part_from_dict(kind, data.get(key, {}), f"{where}: {key}") for key, kind in PARTS.items()},
+                "overrides": {key: Override.from_dict(one, f"{where}: {key}") for key, one in overrides.items()},
                 "ignore": tuple(ignore),
             }
         )

@@ -58,11 +58,13 @@ class LayerRow:
         if self.scheme is None:
             return f"as it was: {self.reason}"
         weights, activations = self.scheme.weights, self.scheme.activations
+        more = (" + sparse" if self.scheme.sparse else "") + (" + bias" if self.scheme.bias_correction else "")
         if activations:
-            return f"w8a8 {'dynamic' if activations.dynamic else 'static'}"
+            kind = "" if activations.symmetric else " asym"
+            return f"w8a8 {'dynamic' if activations.dynamic else 'static'}{kind}{more}"
         group = "row" if weights.group_size == -1 else f"g{weights.group_size}"
         kind = "codebook" if weights.codebook else "sym" if weights.symmetric else "asym"
-        return f"w{weights.bits} {group} {kind}" + (" + sparse" if self.scheme.sparse else "")
+        return f"w{weights.bits} {group} {kind}{more}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,18 @@ class Report:
     total: Totals
     original_bytes: int
     calibration: dict[str, Any] | None = None
+
+    def remarks(self) -> list[str]:
+        """What calibration decided about whole layers, a line for each kind of decision."""
+        decisions = ((self.calibration or {}).get("decisions") or {}).values()
+        lines = []
+        if pairs := [one["alpha"] for one in decisions if "alpha" in one]:
+            lines.append(f"{len(pairs) - pairs.count(None)} of {len(pairs)} pairs equalized")
+        if static := [one["switched"] for one in decisions if "static_error" in one]:
+            lines.append(f"{sum(static)} of {len(static)} layers that were to be static made dynamic")
+        if tried := [one["corrected"] for one in decisions if "error_with" in one]:
+            lines.append(f"bias correction kept in {sum(tried)} of {len(tried)} layers")
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"layers": [row.to_dict() for row in self.layers]}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
 
 BASES = ("rtn", "clip", "gptq", "awq", "kmeans", "learned")
@@ -115,12 +116,14 @@ class Distillation:
         return min((step + 1) / warmup, (self.steps - step) / (self.steps + 1 - warmup))
 
 
-Part = Calibration | Selection | Training | Distillation
+Part = Calibration | Selection | Training | Distillation | Equalization | Activations
 PARTS: dict[str, type[Part]] = {
     "calibration": Calibration,
     "selection": Selection,
     "training": Training,
     "distillation": Distillation,
+    "equalization": Equalization,
+    "activations": Activations,
 }
 
 

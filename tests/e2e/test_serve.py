@@ -58,8 +58,8 @@ def test_an_oversized_request_is_the_clients_error(client):
         client.completions.create(model="micro", prompt=[5] * 600, max_tokens=1)
 
 
-def test_served_and_evaluated_perplexity_agree(client, checkpoint, persuasion):
-    tokens = AutoTokenizer.from_pretrained(checkpoint)(persuasion.read_text(), add_special_tokens=False).input_ids
+def served_perplexity(client: OpenAI, tokens: list[int]) -> float:
+    """Over the first windows of ``tokens``, from the log-probabilities of prompts."""
     total = 0.0
     for window in range(WINDOWS):
         ids = tokens[window * SEQLEN : (window + 1) * SEQLEN]
@@ -68,10 +68,18 @@ def test_served_and_evaluated_perplexity_agree(client, checkpoint, persuasion):
         )
         scored = answer.choices[0].model_dump()["prompt_logprobs"]
         total += sum(entry[str(token)]["logprob"] for entry, token in zip(scored[1:], ids[1:], strict=True))
-    served = math.exp(-total / (WINDOWS * (SEQLEN - 1)))
-    arguments = ("--text", persuasion, "--seqlen", SEQLEN, "--tokens", SEQLEN * WINDOWS, "--json")
+    return math.exp(-total / (WINDOWS * (SEQLEN - 1)))
+
+
+def assert_perplexities_agree(client: OpenAI, checkpoint: Path, text: Path) -> None:
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(text.read_text(), add_special_tokens=False).input_ids
+    arguments = ("--text", text, "--seqlen", SEQLEN, "--tokens", SEQLEN * WINDOWS, "--json")
     evaluated = json.loads(requant("eval", checkpoint, *arguments))["perplexity"]
-    assert served == pytest.approx(evaluated, rel=5e-3)
+    assert served_perplexity(client, tokens) == pytest.approx(evaluated, rel=5e-3)
+
+
+def test_served_and_evaluated_perplexity_agree(client, checkpoint, persuasion):
+    assert_perplexities_agree(client, checkpoint, persuasion)
 
 
 def test_the_server_refuses_a_tampered_checkpoint_by_name(checkpoint, tmp_path):

@@ -1,11 +1,13 @@
 """Real layers of vLLM, loaded tensor by tensor as vLLM's model loader does, without a model around them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from requant_kernels import reference
 from requant_kernels.errors import CheckpointError
-from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
-from requant_kernels.weight import DenseSparseWeight
+from requant_kernels.layer import QuantizedLayer
+from requant_kernels.scheme import ActivationScheme, LayerScheme, SparseScheme, WeightScheme
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -17,12 +19,17 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from tests.kernels.strategies import random_weight
-from vllm_requant.linear import DenseSparseLinearMethod
+from tests.kernels.strategies import random_w8a8, random_weight
+from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
 
 pytestmark = pytest.mark.usefixtures("vllm_state")
 
 SCHEME = LayerScheme(WeightScheme(4, 64, symmetric=False), SparseScheme())
+W8A8 = [
+    LayerScheme(WeightScheme(8), None, ActivationScheme(dynamic, symmetric), bias_correction=not symmetric)
+    for dynamic in (True, False)
+    for symmetric in (True, False)
+]
 K = 192
 
 
@@ -33,7 +40,7 @@ class OneMethod(QuantizationConfig):
 
     def __init__(self, scheme: LayerScheme, names: list[str]) -> None:
         super().__init__()
-        self.method = DenseSparseLinearMethod(scheme, names)
+        self.method = (W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod)(scheme, names)
 
     def get_quant_method(self, layer, prefix):
         return self.method
@@ -44,21 +51,23 @@ def build(kind: type[LinearBase], *sizes, names=("m.fc",), scheme=SCHEME, dtype=
     return kind(*sizes, quant_config=OneMethod(scheme, list(names)), prefix="m", **more)
 
 
-def load(layer: LinearBase, weight: DenseSparseWeight, *shard, without=(), changed=()) -> None:
+def load(layer: LinearBase, weight: QuantizedLayer, *shard, without=(), changed=()) -> None:
     for name, tensor in (weight.to_tensors() | dict(changed)).items():
         if name not in without:
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor, *shard)
 
 
-def stored(rows: int, seed: int = 0, columns: int = K, scheme: LayerScheme = SCHEME) -> DenseSparseWeight:
+def stored(rows: int, seed: int = 0, columns: int = K, scheme: LayerScheme = SCHEME) -> QuantizedLayer:
+    if scheme.activations:
+        return random_w8a8(scheme.activations, (rows, columns), bias_correction=scheme.bias_correction, seed=seed)
     return random_weight(scheme, (rows, columns), seed=seed)
 
 
-def assert_computes(layer: LinearBase, *weights: DenseSparseWeight) -> None:
+def assert_computes(layer: LinearBase, *weights: QuantizedLayer) -> None:
     layer.quant_method.process_weights_after_loading(layer)
     x = torch.randn(5, weights[0].in_features)
-    expected = torch.cat([reference.dense_sparse_linear(x, weight) for weight in weights], -1)
+    expected = torch.cat([reference.linear(x, weight) for weight in weights], -1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -67,6 +76,44 @@ def test_a_plain_layer(kind):
     layer, weight = build(kind, K, 96), stored(96)
     load(layer, weight)
     assert_computes(layer, weight)
+
+
+@pytest.mark.parametrize("scheme", W8A8, ids=lambda scheme: str(scheme.activations))
+@pytest.mark.parametrize("kind", [ReplicatedLinear, ColumnParallelLinear, RowParallelLinear])
+def test_a_plain_w8a8_layer(kind, scheme):
+    layer, weight = build(kind, K, 95, scheme=scheme), stored(95, scheme=scheme)
+    load(layer, weight)
+    assert_computes(layer, weight)
+    assert hasattr(layer, "weight")
+
+
+def test_w8a8_query_key_value():
+    layer = build(QKVParallelLinear, K, 32, 4, 2, names=("m.q", "m.k", "m.v"), scheme=W8A8[3])
+    parts = stored(128, scheme=W8A8[3]), stored(64, 1, scheme=W8A8[3]), stored(64, 2, scheme=W8A8[3])
+    parts = [replace(part, input_zero_point=parts[0].input_zero_point) for part in parts]
+    for shard, part in zip("vqk", (parts[2], parts[0], parts[1]), strict=True):
+        load(layer, part, shard)
+    assert_computes(layer, *parts)
+
+
+def test_fused_w8a8_layers_with_different_input_steps_are_refused():
+    layer = build(MergedColumnParallelLinear, K, [64, 64], names=("m.gate", "m.up"), scheme=W8A8[2])
+    load(layer, stored(64, scheme=W8A8[2]), 0)
+    with pytest.raises(
+        CheckpointError, match=r"^m\.gate, m\.up: layers that are fused into one must share input_scale"
+    ):
+        load(layer, stored(64, scheme=W8A8[2]), 1, changed={"input_scale": torch.ones(1).bfloat16()})
+
+
+@pytest.mark.parametrize("scheme", W8A8, ids=lambda scheme: str(scheme.activations))
+def test_a_rank_takes_its_columns_of_a_w8a8_layer(scheme):
+    weight, rank = stored(96, scheme=scheme), 1
+    layer = build(RowParallelLinear, K, 96, scheme=scheme, tp_rank=rank, tp_size=2)
+    load(layer, weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(5, 96)
+    expected = reference.linear(x, weight.take_columns(96, 192))
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_merged_layers_in_any_order():
@@ -133,14 +180,17 @@ def test_what_other_parts_of_vllm_look_for_stays_on_the_layer(dtype):
 
 def test_dummy_weights_need_no_checkpoint(monkeypatch):
     monkeypatch.setattr(get_current_vllm_config().load_config, "load_format", "dummy")
-    for weights in (WeightScheme(4, 64, symmetric=False), WeightScheme(3, codebook=True)):
-        for bias_correction in (False, True):
-            scheme = LayerScheme(weights, SparseScheme(), bias_correction=bias_correction)
-            layer = build(RowParallelLinear, K, 96, scheme=scheme)
-            layer.quant_method.process_weights_after_loading(layer)
-            y = layer(torch.ones(2, K))
-            assert y.shape == (2, 96)
-            assert torch.isfinite(y).all()
+    schemes = [
+        LayerScheme(weights, SparseScheme(), bias_correction=bias_correction)
+        for weights in (WeightScheme(4, 64, symmetric=False), WeightScheme(3, codebook=True))
+        for bias_correction in (False, True)
+    ]
+    for scheme in (*schemes, *W8A8):
+        layer = build(RowParallelLinear, K, 96, scheme=scheme)
+        layer.quant_method.process_weights_after_loading(layer)
+        y = layer(torch.ones(2, K))
+        assert y.shape == (2, 96)
+        assert torch.isfinite(y).all()
 
 
 @pytest.mark.parametrize("missing", list(stored(96).to_tensors()))

@@ -16,15 +16,21 @@ from requant.statistics import InputStatistics
 
 @dataclass(frozen=True)
 class Task:
-    """One linear layer. weight fp32 [N, K]; dtype: of scales and sparse values; excluded bool [N, K]; importance: the
-    Fisher diagonal, fp32 [N, K], where the base asks for it (FISHER)."""
+    """One linear layer. weight fp32 [N, K]; dtype: of scales and sparse values; inputs: known of them, unless the base
+    is one of DATA_FREE; excluded bool [N, K]; importance: the Fisher diagonal, fp32 [N, K], where the base asks for it
+    (FISHER)."""
 
     weight: torch.Tensor
     scheme: WeightScheme
     dtype: torch.dtype
-    statistics: InputStatistics
+    inputs: InputStatistics | None
     excluded: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+
+    @property
+    def statistics(self) -> InputStatistics:
+        assert self.inputs is not None
+        return self.inputs
 
     def searched(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Ranges (low, high), fp32 [N, G], with the least error on the layer's inputs."""

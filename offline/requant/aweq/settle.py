@@ -1,0 +1,174 @@
+"""The last step of a block: input steps and bias corrections of its quantized layers, in the order in which they run.
+
+Each layer is settled with the inputs that the layers before it, quantized and corrected, produce; what it should have
+put out comes from the unquantized block on the unquantized model's inputs.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from requant_kernels.layer import QuantizedLayer
+from requant_kernels.reference import dequantize
+from requant_kernels.scheme import ActivationScheme, LayerScheme
+from requant_kernels.w8a8.weight import W8A8Weight
+from torch import nn
+from torch.nn.functional import linear
+
+from requant.aweq.bias_correction import Correction, correction
+from requant.aweq.error import token_weights
+from requant.aweq.installed import RoundInput, install
+from requant.aweq.observe import inputs_of
+from requant.aweq.settings import Activations
+from requant.aweq.static_range import static_range
+from requant.aweq.trial import Trial, as_given
+from requant.errors import InputError
+
+Batches = Sequence[torch.Tensor]
+Layers = dict[str, QuantizedLayer]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What was decided for a layer, for the report. All errors are weighed squared ones (error.py).
+
+    static_error, dynamic_error: of the block's output, through rounding the inputs of this layer, and of those that it
+    shares them with, alone. switched: it was to be static and became dynamic. corrected: whether its bias correction
+    was kept, because it lowers the layer's held-out error from error_without to error_with.
+    """
+
+    static_error: float | None = None
+    dynamic_error: float | None = None
+    switched: bool = False
+    corrected: bool = False
+    error_without: float | None = None
+    error_with: float | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """A block and what enters it, [B, T, C] for each sample."""
+
+    block: nn.Module
+    hidden: Batches
+    keywords: dict[str, Any]
+
+    def inputs(self, names: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+        """Of the layers ``names``: [T, K] for each sample."""
+        return inputs_of(self.block, names, self.hidden, self.keywords)
+
+
+@dataclass(frozen=True)
+class Settler:
+    """``original``, whose ``outputs`` [B, T, C] are known, is what ``quantized`` should compute; the latter's layers
+    hold ordinary weights until they are settled. ``settings``: of each layer, by local name."""
+
+    original: Side
+    outputs: Batches
+    quantized: Side
+    settings: Mapping[str, Activations]
+
+    @torch.no_grad()
+    def settle(
+        self, stages: Iterable[Sequence[str]], layers: Mapping[str, QuantizedLayer], schemes: Mapping[str, LayerScheme]
+    ) -> tuple[Layers, dict[str, Note]]:
+        """layers: by local name, without input steps and corrections; returned with those that ``schemes`` ask for, and
+        at work in the quantized block.
+
+        stages: layers that are fed one tensor, in the order in which they run. Raises InputError for a layer to be
+        static that no calibration token activates.
+        """
+        weights = token_weights(self.outputs)
+        members = [[name for name in stage if name in layers] for stage in stages]
+        members = [stage for stage in members if stage]
+        corrected = [stage[0] for stage in members if schemes[stage[0]].bias_correction]
+        wanted = self.original.inputs(corrected) if corrected else {}
+        settled: Layers = {}
+        notes: dict[str, Note] = {}
+        for stage in members:
+            made = {name: layers[name] for name in stage}
+            noted = dict.fromkeys(made, Note())
+            scheme = schemes[stage[0]]
+            if scheme.bias_correction or _is_static(scheme):
+                inputs = self.quantized.inputs(stage[:1])[stage[0]]
+                if _is_static(scheme):
+                    made, note = self._with_input_steps(made, torch.cat(inputs), torch.cat(weights))
+                    noted = dict.fromkeys(made, note)
+                if scheme.bias_correction:
+                    found = self._corrections(made, inputs, wanted[stage[0]], weights)
+                    made, noted = _corrected(made, noted, found)
+            for name, layer in made.items():
+                module = self.quantized.block.get_submodule(name)
+                assert isinstance(module, nn.Linear)
+                install(module, layer)
+            settled |= made
+            notes |= noted
+        return settled, notes
+
+    def _with_input_steps(self, layers: Layers, x: torch.Tensor, weights: torch.Tensor) -> tuple[Layers, Note]:
+        """Layers that share their input x [T, K] share its step; where it costs too much, all become dynamic."""
+        importance = torch.stack([dequantize(layer).square().sum(0) for layer in layers.values()]).sum(0)
+        name, first = next(iter(layers.items()))
+        settings = self.settings[name]
+        try:
+            steps = static_range(
+                x,
+                settings.range,
+                symmetric=settings.symmetric,
+                dtype=first.dtype,
+                weights=torch.outer(weights, importance),
+            )
+        except ValueError as error:
+            raise InputError(f"{name}: {error}; calibrate on more, or other, text") from None
+        static, dynamic = (ActivationScheme(way, settings.symmetric) for way in (False, True))
+        trial = Trial.of(self.original.block, self.original.hidden, self.outputs, self.original.keywords)
+        static_error, dynamic_error = (
+            trial.error({}, dict.fromkeys(layers, as_given(rounding)))
+            for rounding in (RoundInput(static, steps.scale, steps.zero_point), RoundInput(dynamic))
+        )
+        note = Note(static_error, dynamic_error, switched=static_error - dynamic_error > settings.limit)
+        made: Layers = {}
+        for name, layer in layers.items():
+            assert isinstance(layer, W8A8Weight)
+            if note.switched:
+                made[name] = replace(layer, scheme=replace(layer.scheme, activations=dynamic))
+                continue
+            zero_point = None if steps.zero_point is None else steps.zero_point.clone()  # each is stored by itself
+            made[name] = replace(layer, input_scale=steps.scale.clone(), input_zero_point=zero_point)
+        return made, note
+
+    def _corrections(self, layers: Layers, inputs: Batches, wanted: Batches, weights: Batches) -> dict[str, Correction]:
+        """inputs, wanted: what enters the quantized and the original layers."""
+        found = {}
+        for name, layer in layers.items():
+            rounds, decoded = RoundInput.of(layer), dequantize(layer)
+            original = self.original.block.get_parameter(f"{name}.weight")
+            found[name] = correction(
+                (linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight)
+                for x, y, weight in zip(inputs, wanted, weights, strict=True)
+            )
+        return found
+
+
+def _is_static(scheme: LayerScheme) -> bool:
+    return scheme.activations is not None and not scheme.activations.dynamic
+
+
+def _corrected(
+    layers: Layers, notes: dict[str, Note], found: Mapping[str, Correction]
+) -> tuple[Layers, dict[str, Note]]:
+    """Corrections that help are kept; beside one that is, layers of the same stage, which may be served as one, hold
+    zeros."""
+    noted = {
+        name: replace(notes[name], corrected=one.helps, error_without=one.error_without, error_with=one.error_with)
+        for name, one in found.items()
+    }
+    if not any(one.helps for one in found.values()):
+        return layers, noted
+    made: Layers = {}
+    for name, layer in layers.items():
+        value = found[name].value if found[name].helps else torch.zeros_like(found[name].value)
+        scheme = replace(layer.scheme, bias_correction=True)
+        made[name] = replace(layer, scheme=scheme, bias_correction=value.to(layer.dtype))
+    return made, noted

@@ -1,0 +1,190 @@
+"""The whole walk: recipe -> checkpoint -> transformers, for every kind of model."""
+
+import json
+
+import pytest
+import torch
+from requant import api, cli
+from requant.aweq.settings import Activations, Equalization
+from requant.errors import InputError
+from requant.recipe import Override, Recipe, load_recipe
+from requant.settings import Calibration
+from requant.stored import open_checkpoint
+from requant.validation import read_layer
+from requant_kernels.errors import SchemeError
+from requant_kernels.reference import linear
+from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+FEW = Calibration(samples=4, seqlen=32)
+BOTH = {"equalization": Equalization("minmax", 0.5), "bias_correction": True, "calibration": FEW}
+IDS = torch.arange(1, 25)[None]
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    """Tiny models have no tokenizer."""
+
+    class Tokenizer:
+        def __call__(self, text, **_):
+            ids = [1 + ord(letter) % 90 for letter in text[:40000]]
+            return type("Encoding", (), {"input_ids": ids})
+
+    monkeypatch.setattr("requant.sources.Source.tokenizer", lambda _: Tokenizer())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def difference(folder, original):
+    wanted = logits(AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32))
+    return float((logits(api.load_quantized(folder)) - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "opt"])
+def test_every_kind_of_model_survives_w8a8(kind, mode, tiny, tmp_path):
+    source, out = tiny(kind), tmp_path / "out"
+    report = api.quantize(source, out, Recipe(W8A8_WEIGHTS, activations=Activations(mode), **BOTH))
+    assert api.check(out, (1, 2)) == []
+    assert difference(out, source) < 0.05
+    rows, _ = api.inspect(out)
+    assert {row.describe().split(" + ")[0] for row in rows if row.scheme} <= {"w8a8 static", "w8a8 dynamic"}
+    assert [row.scheme for row in rows] == [row.scheme for row in report.layers]
+    assert any("bias correction kept in" in line for line in report.remarks())
+
+
+def test_a_loaded_layer_computes_what_the_reference_says(tiny, tmp_path):
+    out = tmp_path / "out"
+    api.quantize(tiny("opt"), out, Recipe(W8A8_WEIGHTS, activations=Activations("static"), **BOTH))
+    model, stored = api.load_quantized(out), open_checkpoint(out)
+    for local in ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"):
+        name = f"model.decoder.layers.1.{local}"
+        module = model.get_submodule(name)
+        layer = read_layer(stored, name, stored.scheme.for_layer(name))
+        bias = stored.read(f"{name}.bias").float()
+        x = torch.randn(3, module.in_features)
+        torch.testing.assert_close(module(x), linear(x, layer, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_one_model_mixes_int8_few_bits_and_untouched_layers(tiny, tmp_path):
+    recipe = Recipe(
+        WeightScheme(4, 32, symmetric=False),
+        outliers=0.01,
+        overrides={
+            r".*self_attn\..*": Override(activations=Activations("static")),
+            r".*layers\.1\.mlp\.down_proj": Override(WeightScheme(3, 32, symmetric=False)),
+        },
+        ignore=(r".*layers\.0\.mlp\.down_proj",),
+        **BOTH,
+    )
+    source, out = tiny("llama"), tmp_path / "out"
+    api.quantize(source, out, recipe)
+    assert api.check(out) == []
+    described = {row.name: row.describe() for row in api.inspect(out)[0]}
+    assert described["model.layers.0.self_attn.q_proj"].startswith("w8a8")
+    assert described["model.layers.0.mlp.up_proj"].startswith("w4 g32 asym + sparse")
+    assert described["model.layers.0.mlp.down_proj"] == "as it was: ignored by the recipe"
+    assert described["model.layers.1.mlp.down_proj"].startswith("w3 g32 asym + sparse")
+    assert difference(out, source) < 0.2
+
+
+@pytest.mark.parametrize("per_tensor", [False, True], ids=["per row", "per tensor"])
+def test_without_calibration_text_too(per_tensor, tiny, tmp_path):
+    source, out = tiny("llama"), tmp_path / "out"
+    api.quantize(source, out, Recipe(W8A8_WEIGHTS, activations=Activations("dynamic", per_tensor=per_tensor)))
+    assert api.check(out) == []
+    scale = open_checkpoint(out).read("model.layers.0.mlp.up_proj.weight_scale")
+    assert (len(scale.unique()) == 1) == per_tensor
+    assert difference(out, source) < 0.05
+
+
+@pytest.mark.parametrize("base", ["rtn", "gptq"])
+def test_few_bits_are_equalized_and_corrected_on_any_base(base, tiny, tmp_path):
+    source, out = tiny("qwen2"), tmp_path / "out"
+    report = api.quantize(source, out, Recipe(WeightScheme(4, 32, symmetric=False), base, **BOTH))
+    assert api.check(out) == []
+    assert report.remarks()[0] == "8 of 8 pairs equalized"
+    assert difference(out, source) < 0.3
+
+
+def test_the_same_run_gives_the_same_bytes(tiny, tmp_path):
+    source = tiny("gemma")
+    recipe = Recipe(W8A8_WEIGHTS, activations=Activations("static"), **BOTH | {"equalization": Equalization("minmax")})
+    for name in ("one", "two"):
+        api.quantize(source, tmp_path / name, recipe)
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": WeightScheme(4, 32)}, "activations: need weights of 8 bits"),
+        ({"base": "learned"}, "base 'learned' is trained without rounded inputs"),
+        ({"base": "awq", "equalization": Equalization("minmax")}, "base 'awq' equalizes by itself"),
+        ({"base": "gptq", "activations": Activations("static", per_tensor=True)}, "per_tensor needs base 'rtn'"),
+        ({"bias_correction": 1}, "bias_correction 1 is not true or false"),
+        ({"overrides": {"(": Override()}}, r"overrides '\(' is not a regular expression"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, message):
+    settings = {"weights": W8A8_WEIGHTS, "activations": Activations("static")} | changes
+    with pytest.raises((InputError, SchemeError), match=message):
+        Recipe(**settings)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("equalization: {range: max}", "equalization: range 'max' is not one of none, minmax, absmax"),
+        ("equalization: {alpha: 2}", "alpha 2 is not a number from 0 to 1, or 'search'"),
+        ("activations: {mode: fast}", "mode 'fast' is not one of"),
+        ("activations: {range: best}", "range 'best' is not one of minmax, percentile, mse"),
+        ("activations: {symmetric: 1}", "symmetric 1 is not true or false"),
+        ("activations: {limit: -1}", "limit -1 is not a number of at least 0"),
+        ("activations: dynamic", r"activations: expected a mapping \(known keys: mode"),
+        ("overrides: [a]", r"overrides \['a'\] is not a mapping"),
+        ("overrides: {a: {bits: 4}}", "a: expected a mapping with the keys weights and activations"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_in_a_line(part, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("weights: {bits: 8}\n" + part)
+    with pytest.raises(InputError, match=message):
+        load_recipe(path)
+
+
+def test_an_override_that_matches_nothing_is_refused(tiny, tmp_path):
+    recipe = Recipe(W8A8_WEIGHTS, activations=Activations("dynamic"), overrides={"nothing": Override()})
+    with pytest.raises(InputError, match="overrides 'nothing': matches no linear layer"):
+        api.quantize(tiny("llama"), tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme"),
+    [
+        (["--method", "aweq"], "w8a8 dynamic"),
+        (["--method", "aweq", "--bits", "8", "--activations", "static", "--alpha", "0.5"], "w8a8 "),
+        (["--activations", "dynamic"], "w8a8 dynamic"),
+        (["--method", "aweq", "--bits", "3", "--group-size", "32", "--base", "gptq"], "w3 g32 asym"),
+        (["--equalize", "absmax", "--bias-correction", "--group-size", "32"], "w4 g32 asym"),
+    ],
+    ids=" ".join,
+)
+def test_by_the_command(options, scheme, tiny, tmp_path, capsys):
+    source, out = tiny("llama", max_position_embeddings=512), tmp_path / "out"
+    assert cli.main(["quantize", str(source), "-o", str(out), *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["total"]["layers"] == 14
+    assert all(row.describe().startswith(scheme) for row in api.inspect(out)[0] if row.scheme)
+
+
+def test_no_linear_layer_keeps_a_hook_in_a_weights_only_checkpoint(tiny, tmp_path):
+    out = tmp_path / "out"
+    api.quantize(tiny("llama"), out, Recipe(WeightScheme(4, 32), bias_correction=True, calibration=FEW))
+    model = api.load_quantized(out)
+    assert not any(module._forward_pre_hooks for module in model.modules() if isinstance(module, nn.Linear))
