@@ -53,13 +53,15 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from vllm_requant.linear import DenseSparseLinearMethod
+        from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
         from vllm_requant.names import unfused
 
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
-            return UnquantizedLinearMethod() if scheme is None else DenseSparseLinearMethod(scheme, names)
+            if scheme is None:
+                return UnquantizedLinearMethod()
+            return (W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod)(scheme, names)
         if isinstance(layer, RoutedExperts):
             raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served from a requant checkpoint")
         if isinstance(layer, ParallelLMHead) and self._common_scheme(prefix, [prefix]) is not None:

@@ -6,6 +6,7 @@ import torch
 from requant_kernels.packing import packed_length
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.sparse import SparsePart, column_dtype
+from requant_kernels.w8a8.weight import W8A8Weight
 from requant_kernels.weight import DenseSparseWeight
 
 DENSITY = 0.005  # of the sparse part: what the presets use
@@ -37,6 +38,21 @@ def dummy_weight(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtyp
         codebook=filled(weights.levels) if weights.codebook else None,
         sparse=_even_entries(rows, columns, dtype) if scheme.sparse else None,
         bias_correction=torch.zeros(rows, dtype=dtype) if scheme.bias_correction else None,
+    )
+
+
+def dummy_w8a8(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> W8A8Weight:
+    """The same of int8 weights and inputs."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    assert scheme.activations is not None
+    static = not scheme.activations.dynamic
+    return W8A8Weight(
+        scheme,
+        torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8),
+        torch.full((rows,), SCALE, dtype=dtype),
+        torch.full((1,), SCALE, dtype=dtype) if static else None,
+        torch.zeros(1, dtype=torch.int8) if static and not scheme.activations.symmetric else None,
+        torch.zeros(rows, dtype=dtype) if scheme.bias_correction else None,
     )
 
 

@@ -1,12 +1,16 @@
-"""Dense-plus-sparse linear layers in vLLM: load, lay out, apply."""
+"""Quantized linear layers in vLLM: load, lay out, apply."""
 
+from abc import abstractmethod
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
-from requant_kernels.dense_sparse import dispatch
-from requant_kernels.ops import dense_sparse_linear, run_dense_sparse
+from requant_kernels.dense_sparse import dispatch as dense_sparse
+from requant_kernels.layer import QuantizedLayer
+from requant_kernels.ops import dense_sparse_linear, run_dense_sparse, run_w8a8
 from requant_kernels.scheme import LayerScheme
-from requant_kernels.weight import DenseSparseWeight
+from requant_kernels.w8a8 import dispatch as w8a8
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
@@ -14,19 +18,25 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vllm_requant.dummy import dummy_weight
+from vllm_requant.dummy import dummy_w8a8, dummy_weight
 from vllm_requant.parameters import TENSORS, LayerLoader
 from vllm_requant.sharding import LocalIndex
 
 UNIT_ROWS = 1024  # of the unit matrix, multiplied at a time
 
 
-@register_weight_loader_v2_supported_method
-class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """One instance per layer; ``names`` are the stored layers it is made of."""
+class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """What both kinds of layers share. One instance per layer; ``names`` are the stored layers it is made of."""
+
+    _dispatch: ModuleType  # prepare and warm_up of this kind
+    _linear: Callable[..., torch.Tensor]  # and its operator
 
     def __init__(self, scheme: LayerScheme, names: list[str]) -> None:
         self.scheme, self.names = scheme, names
+
+    @abstractmethod
+    def _dummy_weight(self) -> QuantizedLayer:
+        """A layer for ``--load-format dummy``."""
 
     def create_weights(  # noqa: PLR0917 (vLLM's signature)
         self,
@@ -50,9 +60,9 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name in TENSORS:
             layer.register_parameter(name, self._loader.placeholder(name, params_dtype))
 
-    def _prepare(self, weight: DenseSparseWeight) -> None:
-        self._prepared = dispatch.prepare(weight, self._dtype, self._device)
-        dispatch.warm_up(self._prepared, self._dtype, self._device, self._max_tokens)
+    def _prepare(self, weight: QuantizedLayer) -> None:
+        self._prepared = self._dispatch.prepare(weight, self._dtype, self._device)
+        self._dispatch.warm_up(self._prepared, self._dtype, self._device, self._max_tokens)
         self._correction = weight.bias_correction
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -61,15 +71,15 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
         """
         self._finish_loading()
-        runtime = dict(self._prepared.tensors)
+        # LoRA and others look for a parameter of this name on every layer
+        runtime = {"weight" if name == "operand" else name: one for name, one in self._prepared.tensors.items()}
+        self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them
         if self._correction is not None:
             runtime["bias_correction"] = self._correction.to(self._device, self._dtype)
         for name in TENSORS:
             delattr(layer, name)
         for name, tensor in runtime.items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        # Plain attributes, because torch.compile reads them.
-        self._tensors, self._meta = tuple(self._prepared.tensors), list(self._prepared.meta)
         self._implementation, self._out_features = self._prepared.implementation, self._prepared.out_features
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,7 +88,24 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
             correction: torch.Tensor = layer.bias_correction  # type: ignore[assignment]
             bias = correction if bias is None else bias + correction
         tensors = [getattr(layer, name) for name in self._tensors]
-        return run_dense_sparse(x, tensors, bias, self._implementation, self._out_features, self._meta)
+        return self._linear(x, tensors, bias, self._implementation, self._out_features, self._meta)
+
+    def _finish_loading(self) -> None:
+        if self._dummy:
+            self._prepare(self._dummy_weight())
+        else:
+            self._loader.check_complete()
+
+
+@register_weight_loader_v2_supported_method
+class DenseSparseLinearMethod(RequantLinearMethod):
+    """Weights of few bits plus a sparse part."""
+
+    _dispatch = dense_sparse
+    _linear = staticmethod(run_dense_sparse)
+
+    def _dummy_weight(self) -> QuantizedLayer:
+        return dummy_weight(self.scheme, *self._shape, self._dtype)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """W [N, K] in the dtype of the activations, whatever the layout: (I W^T)^T.
@@ -90,8 +117,13 @@ class DenseSparseLinearMethod(LinearMethodBase):  # type: ignore[misc]
         columns = [dense_sparse_linear(rows, self._prepared) for rows in torch.split(unit, UNIT_ROWS)]
         return torch.cat(columns).T.contiguous()
 
-    def _finish_loading(self) -> None:
-        if self._dummy:
-            self._prepare(dummy_weight(self.scheme, *self._shape, self._dtype))
-        else:
-            self._loader.check_complete()
+
+@register_weight_loader_v2_supported_method
+class W8A8LinearMethod(RequantLinearMethod):
+    """Weights and inputs of 8 bits."""
+
+    _dispatch = w8a8
+    _linear = staticmethod(run_w8a8)
+
+    def _dummy_weight(self) -> QuantizedLayer:
+        return dummy_w8a8(self.scheme, *self._shape, self._dtype)

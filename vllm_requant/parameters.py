@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 from requant_kernels.errors import CheckpointError
+from requant_kernels.layer import QuantizedLayer, kind_of
 from requant_kernels.scheme import LayerScheme
-from requant_kernels.weight import DenseSparseWeight, tensor_names
+from requant_kernels.weight import tensor_names
 
 from vllm_requant.sharding import LocalIndex, ShardId
 
@@ -24,6 +25,8 @@ TENSORS = {
     "sparse_row_offsets": torch.int32,
     "sparse_columns": torch.uint16,
     "sparse_values": None,
+    "input_scale": None,
+    "input_zero_point": torch.int8,
     "bias_correction": None,
     "weight": None,
 }
@@ -33,12 +36,12 @@ class LayerLoader:
     """Collects one linear layer of the model, made of the stored layers ``names`` (several where vLLM fuses them)."""
 
     def __init__(
-        self, names: list[str], scheme: LayerScheme, index: LocalIndex, finish: Callable[[DenseSparseWeight], None]
+        self, names: list[str], scheme: LayerScheme, index: LocalIndex, finish: Callable[[QuantizedLayer], None]
     ) -> None:
         """``finish`` gets the local weight once, as soon as it is whole."""
         self._names, self._scheme, self._index, self._finish = names, scheme, index, finish
         self._arrived: dict[int, dict[str, torch.Tensor]] = {}
-        self._parts: list[tuple[torch.Tensor, DenseSparseWeight]] = []
+        self._parts: list[tuple[torch.Tensor, QuantizedLayer]] = []
         self._complete = False
 
     def placeholder(self, tensor_name: str, dtype: torch.dtype) -> torch.nn.Parameter:
@@ -66,7 +69,7 @@ class LayerLoader:
         position = _position(shard)
         where = f"{self._names[position]}.{tensor_name}"
         expected = tensor_names(self._scheme)
-        if tensor_name == "weight":
+        if tensor_name == "weight" and "weight" not in expected:
             raise CheckpointError(f"{where}: stored unquantized, but quantization_config does not ignore the layer")
         if tensor_name not in expected:
             raise CheckpointError(f"{where}: not expected in a layer of this scheme")
@@ -79,7 +82,8 @@ class LayerLoader:
             self._add_part(self._names[position], tensors, shard)
 
     def _add_part(self, name: str, tensors: dict[str, torch.Tensor], shard: ShardId) -> None:
-        weight = DenseSparseWeight.from_tensors(self._scheme, tensors, name)
+        kind = kind_of(self._scheme)
+        weight = kind.from_tensors(self._scheme, tensors, name)
         for tensor_name in tensors:  # the names stay, to tell later what came; the memory goes
             tensors[tensor_name] = torch.empty(0)
         try:
@@ -90,7 +94,11 @@ class LayerLoader:
         if sum(len(places) for places, _ in self._parts) == self._index.size:
             self._complete = True
             self._parts.sort(key=lambda part: int(part[0][0]))
-            self._finish(DenseSparseWeight.concat_rows([part for _, part in self._parts]))
+            try:
+                whole = kind.concat_rows([part for _, part in self._parts])  # type: ignore[arg-type]
+            except ValueError as error:
+                raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
+            self._finish(whole)
             self._parts.clear()
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from requant_kernels.weight import DenseSparseWeight
+from requant_kernels.layer import QuantizedLayer
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.parameter import ModelWeightParameter
 
@@ -32,7 +32,7 @@ class LocalIndex:
         """The local extent of the axis that is cut."""
         return self._index.numel()
 
-    def cut(self, weight: DenseSparseWeight, shard: ShardId) -> tuple[torch.Tensor, DenseSparseWeight]:
+    def cut(self, weight: QuantizedLayer, shard: ShardId) -> tuple[torch.Tensor, QuantizedLayer]:
         """A stored layer -> (places int64 [n] along the cut axis of the local layer, the part that belongs there).
 
         Raises ValueError where its shape is not the model's.
