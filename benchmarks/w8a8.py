@@ -56,11 +56,12 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
     for alpha in alphas:
         name, equalization = f"SmoothQuant, alpha {alpha:g}", Equalization("absmax", alpha)
         rows += [row(name, mode, equalization, activations=one) for mode, one in plain.items()]
-    for name, alpha, corrected in (
+    aweq: list[tuple[str, float | str, bool]] = [
         ("AWEQ, alpha 1/2", 0.5, False),
         ("AWEQ, searched", SEARCH, False),
         ("AWEQ, searched, bias correction", SEARCH, True),
-    ):
+    ]
+    for name, alpha, corrected in aweq:
         for mode in MODES:
             settings = {"activations": activations(mode), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", alpha), **settings))

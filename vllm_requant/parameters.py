@@ -6,6 +6,7 @@ to this rank. Memory then holds the file's form of one layer at a time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from requant_kernels.errors import CheckpointError
@@ -94,8 +95,9 @@ class LayerLoader:
         if sum(len(places) for places, _ in self._parts) == self._index.size:
             self._complete = True
             self._parts.sort(key=lambda part: int(part[0][0]))
+            parts: list[Any] = [part for _, part in self._parts]  # all of this kind
             try:
-                whole = kind.concat_rows([part for _, part in self._parts])  # type: ignore[arg-type]
+                whole = kind.concat_rows(parts)
             except ValueError as error:
                 raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
             self._finish(whole)
