@@ -1,6 +1,7 @@
 """The whole walk: recipe -> checkpoint -> transformers, for every kind of model."""
 
-import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_few_bits_are_equalized_and_corrected_on_any_base(base, tiny, tmp_path):
 
 def test_the_same_run_gives_the_same_bytes(tiny, tmp_path):
     source = tiny("gemma")
-    recipe = Recipe(W8A8_WEIGHTS, activations=Activations("static"), **BOTH | {"equalization": Equalization("minmax")})
+    recipe = Recipe(W8A8_WEIGHTS, activations=Activations("static"), **BOTH)
     for name in ("one", "two"):
         api.quantize(source, tmp_path / name, recipe)
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
@@ -165,22 +166,37 @@ def test_an_override_that_matches_nothing_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "scheme"),
+    ("options", "expected"),
     [
-        (["--method", "aweq"], "w8a8 dynamic"),
-        (["--method", "aweq", "--bits", "8", "--activations", "static", "--alpha", "0.5"], "w8a8 "),
-        (["--activations", "dynamic"], "w8a8 dynamic"),
-        (["--method", "aweq", "--bits", "3", "--group-size", "32", "--base", "gptq"], "w3 g32 asym"),
-        (["--equalize", "absmax", "--bias-correction", "--group-size", "32"], "w4 g32 asym"),
+        (["--method", "aweq"], load_recipe("aweq-w8a8")),
+        (["--method", "aweq", "--bits", "8", "--activations", "static"], load_recipe("aweq-w8a8-static")),
+        (["--activations", "dynamic"], load_recipe("rtn-w8a8")),
+        (["--method", "aweq", "--bits", "4"], load_recipe("aweq-w4")),
+        (
+            ["--method", "aweq", "--bits", "3", "--base", "gptq"],
+            replace(load_recipe("aweq-w4"), weights=WeightScheme(3, 64, symmetric=False), base="gptq"),
+        ),
+        (
+            ["--equalize", "absmax", "--alpha", "0.5", "--bias-correction"],
+            replace(load_recipe("rtn-w4"), equalization=Equalization("absmax", 0.5), bias_correction=True),
+        ),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_by_the_command(options, scheme, tiny, tmp_path, capsys):
-    source, out = tiny("llama", max_position_embeddings=512), tmp_path / "out"
-    assert cli.main(["quantize", str(source), "-o", str(out), *options, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["total"]["layers"] == 14
-    assert all(row.describe().startswith(scheme) for row in api.inspect(out)[0] if row.scheme)
+def test_what_options_mean(options, expected):
+    arguments = cli._parser().parse_args(["quantize", "MODEL", "-o", "OUT", *options])
+    assert cli._recipe(arguments) == expected
+
+
+def test_the_command_says_what_was_decided(tiny, tmp_path, capsys):
+    source, out, recipe = tiny("llama"), tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text("weights: {bits: 8}\ncalibration: {samples: 4, seqlen: 32}\n")
+    options = ["--recipe", str(recipe), "--activations", "static", "--equalize", "minmax", "--alpha", "0.5"]
+    assert cli.main(["quantize", str(source), "-o", str(out), *options, "--bias-correction"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0] == "8 of 8 pairs equalized"
+    assert re.fullmatch(r"\d+ of 14 layers that were to be static made dynamic", lines[1])
+    assert re.fullmatch(r"bias correction kept in \d+ of 14 layers", lines[2])
 
 
 def test_no_linear_layer_keeps_a_hook_in_a_weights_only_checkpoint(tiny, tmp_path):
