@@ -14,6 +14,7 @@ from requant_kernels.errors import CheckpointError, SchemeError
 
 from requant import recipe as recipes
 from requant import settings
+from requant.aweq import options as aweq
 from requant.errors import InputError
 
 
@@ -177,29 +178,17 @@ def _degrees(text: str) -> tuple[int, ...]:
 def _recipe(arguments: argparse.Namespace) -> recipes.Recipe:
     """The recipe named, with what the options say otherwise."""
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    recipe = recipes.load_recipe(given.get("recipe") or _preset(given))
-    changes: dict[str, Any] = {name: given[name] for name in ("base", "seed", "bias_correction") if name in given}
+    recipe = recipes.load_recipe(given.get("recipe") or aweq.preset(given) or recipes.DEFAULT)
+    changes: dict[str, Any] = {name: given[name] for name in ("base", "seed") if name in given}
     if given.get("method", "aweq") != "aweq":
         changes["base"] = given["method"]
     if "outliers" in given:
         changes["outliers"] = recipes.parse_ratio(given["outliers"])
     if "ignore" in given:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
-    if "activations" in given:
-        changes["activations"] = dataclasses.replace(recipe.activations, mode=given["activations"])
-    equalization = {
-        name: given[option] for option, name in (("equalize", "range"), ("alpha", "alpha")) if option in given
-    }
-    changes["equalization"] = dataclasses.replace(recipe.equalization, **equalization)
+    changes |= aweq.changes(recipe, given)
     weights = {name: given[name] for name in ("bits", "group_size", "symmetric") if name in given}
     return dataclasses.replace(recipe, weights=dataclasses.replace(recipe.weights, **weights), **changes)
-
-
-def _preset(given: dict[str, Any]) -> str:
-    """Of the method; W8A8 is AWEQ's own."""
-    if given.get("method") != "aweq":
-        return "rtn-w8a8" if given.get("activations", "none") != "none" else recipes.DEFAULT
-    return "aweq-w8a8" if given.get("bits", 8) == 8 else "aweq-w4"
 
 
 def _quiet_libraries() -> None:

@@ -105,11 +105,11 @@ class _Walk:
 
     def _quantized(self, name: str, weight: torch.Tensor, scheme: LayerScheme) -> QuantizedLayer:
         per_tensor = self.recipe.activations_of(name).per_tensor
-        return quantize_layer(weight.to(self.device), scheme, self.recipe, per_tensor=per_tensor)
+        return quantize_layer(weight.to(self.device), scheme, self.recipe, per_tensor)
 
 
 def quantize_layer(
-    weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe, *, per_tensor: bool = False
+    weight: torch.Tensor, scheme: LayerScheme, recipe: Recipe, per_tensor: bool = False
 ) -> QuantizedLayer:
     """weight [N, K] in the model's dtype -> the layer to store, without calibration."""
     target = weight.float()

@@ -6,6 +6,8 @@ import pytest
 from requant import api
 from requant.cli import main
 from requant.progress import track
+from requant.recipe import Recipe
+from requant_kernels.scheme import WeightScheme
 
 
 def test_quantize_prints_one_line_and_check_and_inspect_agree(llama, tmp_path, capsys):
@@ -43,13 +45,8 @@ def test_options_override_the_recipe(llama, tmp_path, capsys):
     recipe.write_text("weights: {bits: 2, group_size: 32, symmetric: true}\noutliers: 2%\nignore: ['.*down_proj']\n")
     more = ["--bits", "8", "--no-symmetric", "--seed", "5", "--ignore", ".*o_proj", "--json"]
     assert main(["quantize", str(llama), "-o", str(tmp_path / "out"), "--recipe", str(recipe), *more]) == 0
-    assert json.loads(capsys.readouterr().out)["recipe"] == {
-        "weights": {"bits": 8, "group_size": 32, "symmetric": False, "codebook": False},
-        "base": "rtn",
-        "outliers": 0.02,
-        "ignore": [".*down_proj", ".*o_proj"],
-        "seed": 5,
-    }
+    expected = Recipe(WeightScheme(8, 32, symmetric=False), outliers=0.02, ignore=(".*down_proj", ".*o_proj"), seed=5)
+    assert json.loads(capsys.readouterr().out)["recipe"] == expected.to_dict()
 
 
 def test_check_prints_a_line_for_each_defect(quantized, capsys):
