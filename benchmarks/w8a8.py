@@ -61,10 +61,10 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         ("AWEQ, searched", SEARCH, False),
         ("AWEQ, searched, bias correction", SEARCH, True),
     ]
-    for name, alpha, corrected in aweq:
+    for name, strength, corrected in aweq:
         for mode in MODES:
             settings = {"activations": activations(mode), "bias_correction": corrected}
-            rows.append(row(name, mode, Equalization("minmax", alpha), **settings))
+            rows.append(row(name, mode, Equalization("minmax", strength), **settings))
     return rows
 
 

@@ -16,6 +16,11 @@ STATIC = LayerScheme(W8A8_WEIGHTS, activations=ActivationScheme(dynamic=False))
 WEIGHTS = LayerScheme(WeightScheme(3, 32, symmetric=False))
 
 
+@pytest.fixture(autouse=True)
+def few_alphas(monkeypatch):
+    monkeypatch.setattr("requant.aweq.search.ALPHAS", (0.5, 0.8))
+
+
 def outliers(model):
     """The same function with activations that are hard to round, as in large language models."""
     with torch.no_grad():
