@@ -28,10 +28,13 @@ def quantize(
     device: str = "auto",
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    resume: bool = False,
 ) -> Report:
     """Quantizes ``model`` (folder, GGUF or hub name) into the folder ``out``, which appears whole or not at all.
 
     recipe: a Recipe, the name of a preset, or a YAML file. device: where matrices are quantized.
+    resume: finished stages of a calibrated run are kept beside ``out`` until it is whole; one that was interrupted goes
+    on from there and gives the same bytes.
     Raises InputError, or SchemeError of requant_kernels for a scheme that does not exist.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -42,6 +45,7 @@ def quantize(
         device=select_device(device),
         overwrite=overwrite,
         max_shard_bytes=parse_size(max_shard_size),
+        resume=resume,
     )
 
 

@@ -2,13 +2,13 @@
 train what is still free through the whole model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from requant_kernels.layer import QuantizedLayer
-from requant_kernels.scheme import LayerScheme
+from requant_kernels.scheme import LayerScheme, WeightScheme
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -18,17 +18,22 @@ from requant.aweq.rewrite import Rewriter
 from requant.aweq.settle import Side
 from requant.aweq.steps import Steps
 from requant.calibration import Windows
+from requant.detach import significant
 from requant.detach.choice import Budget, choose
 from requant.progress import track
-from requant.quantizers import awq, kmeans, rtn
+from requant.quantizers import awq, clip, kept, kmeans, rtn
 from requant.quantizers.bases import BASES, FixedRounding, Rounding, Task
 from requant.quantizers.dense import attach_residual
 from requant.quantizers.learned import LearnedRounding
+from requant.quantizers.rescaled import Rescaled
 from requant.recipe import Recipe
+from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.quadrature import nodes
 from requant.settings import DATA_FREE, EQUALIZED, FISHER
+from requant.stages import Result, Stages
 from requant.statistics import InputStatistics, collect
+from requant.targeting import fit
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
 from requant.tuning.distillation import distill, final_state
@@ -71,10 +76,24 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """One decoder block at work: its name, itself, its layers to quantize, how the model calls it."""
+
+    prefix: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    keywords: dict[str, Any]
+
+    def run(self, hidden: torch.Tensor) -> torch.Tensor:
+        return run_block(self.module, hidden, self.keywords)
+
+
+@dataclass(frozen=True)
 class CalibratedRun:
     """``network`` computes in fp32 and is stored in ``dtype``; ``schemes``: the layers to quantize, by full name.
 
-    The network may be rewritten (AWQ, AWEQ) into another that is the same function; all else stays.
+    The network may be rewritten (AWQ, AWEQ) into another that is the same function; all else stays. ``stages`` keeps
+    what is finished: the choice of sparse entries, and each block.
     """
 
     network: PreTrainedModel
@@ -82,17 +101,54 @@ class CalibratedRun:
     schemes: Mapping[str, LayerScheme]
     recipe: Recipe
     dtype: torch.dtype
+    stages: Stages = field(default_factory=Stages)
 
     def quantize(self, windows: Windows) -> Calibrated:
         """Raises InputError for a layer that no token reaches, and ValueError where a loss is not finite."""
         samples = [ids.to(self.network.device) for ids in windows.ids]
         self.network.requires_grad_(False)
-        masks, integrals = self._sparse_entries(samples)
+        masks, facts = self.stages.kept("sparse", partial(self._chosen, samples))
+        integrals = [Completeness(**one) for one in facts["integrals"]]
+        schemes = {name: LayerScheme.from_dict(one) for name, one in facts["schemes"].items()}
+        return replace(self, schemes=schemes)._around(masks, integrals, windows, samples)
+
+    def _chosen(self, samples: Samples) -> Result:
+        """Masks, how complete the integrals behind them were, and the schemes they are meant for."""
+        schemes = self.schemes
+        if self.recipe.target_bits is None:
+            masks, integrals = self._sparse_entries(samples)
+        else:
+            masks, integrals, schemes = self._within(self.recipe.target_bits, samples)
+        facts = {"integrals": [asdict(one) for one in integrals]}
+        return masks, facts | {"schemes": {name: scheme.to_dict() for name, scheme in schemes.items()}}
+
+    def _within(self, bits: float, samples: Samples) -> tuple[Masks, list[Completeness], Mapping[str, LayerScheme]]:
+        """As many true bits a weight and no more."""
+        path = self._path(rounded=True)
+        measured = Sensitivity.of(self.recipe.selection).measure(path, samples)
+        integrals = [measured.completeness(samples)] if measured.criterion.rule == "path" else []
+        units = models.shared_schemes(self.network, self.architecture) if self.recipe.mixed else [list(self.schemes)]
+        fitted = fit(
+            measured,
+            [unit for unit in units if unit[0] in self.schemes],
+            bits,
+            like=self.recipe.weights,
+            value_bits=8 * self.dtype.itemsize,
+            rounded=self._nearest,
+            settled=self._searched,
+        )
+        path.move_to(0.0)
+        return fitted.masks, integrals, fitted.schemes
+
+    def _around(self, masks: Masks, integrals: list[Completeness], windows: Windows, samples: Samples) -> Calibrated:
+        """Quantizes what ``masks`` leave."""
         importance = self._fisher(samples) if self.recipe.base in FISHER else {}
         teacher = self._teacher(samples)
         steps = Steps(self.recipe, self.architecture, self.schemes, self.network.config, self.dtype)
         roundings, settled = self._blocks(samples, masks, importance, steps)
         divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
+        if self.recipe.selection.restore and self.recipe.significant:
+            integrals = integrals + self._restore(roundings, masks, samples)
         layers = settled | {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}
         return Calibrated(windows, layers, integrals, divergences, steps.report())
 
@@ -102,7 +158,8 @@ class CalibratedRun:
         return {name: linear for name, linear in found.items() if name in self.schemes}
 
     def _path(self, rounded: bool) -> Path:
-        """From the weights of the layers with a sparse part to their first quantization, or from all to themselves."""
+        """From the weights of the layers with a sparse part to their first quantization, on searched ranges, or from
+        all to themselves."""
         linears = {name: one for name, one in self._linears.items() if self.schemes[name].sparse or not rounded}
         parameters = {name: linear.get_parameter("weight") for name, linear in linears.items()}
         start = {name: weight.detach().clone() for name, weight in parameters.items()}
@@ -114,16 +171,24 @@ class CalibratedRun:
         return self.network(input_ids=ids, labels=ids, use_cache=False).loss
 
     def _first_rounded(self, name: str, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        scheme = self.schemes[name].weights
-        quantize = kmeans.quantize if scheme.codebook else rtn.quantize
-        decoded = quantize(weight, scheme, dtype=self.dtype, excluded=mask).dequantize()
+        decoded = self._searched(weight, self.schemes[name].weights, mask)
         return decoded if mask is None else torch.where(mask, weight, decoded)
 
+    def _searched(self, weight: torch.Tensor, scheme: WeightScheme, mask: torch.Tensor | None = None) -> torch.Tensor:
+        quantize = kmeans.quantize if scheme.codebook else clip.quantize
+        return quantize(weight, scheme, dtype=self.dtype, excluded=mask).dequantize()
+
+    def _nearest(self, weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
+        """What many candidate schemes are compared by: without the search of ranges, which costs twentyfold."""
+        quantize = kmeans.quantize if scheme.codebook else rtn.quantize
+        return quantize(weight, scheme, dtype=self.dtype).dequantize()
+
     def _sparse_entries(self, samples: Samples) -> tuple[Masks, list[Completeness]]:
-        budget = Budget(self.recipe.outliers, self.recipe.significant)
+        budget = Budget(self.recipe.outliers, 0.0 if self.recipe.selection.restore else self.recipe.significant)
         if not budget.outliers and not budget.significant:
             return {}, []
-        return choose(self._path(rounded=True), samples, budget, self.recipe.selection, self._first_rounded)
+        path, seed = self._path(rounded=True), self.recipe.seed
+        return choose(path, samples, budget, self.recipe.selection, self._first_rounded, seed=seed)
 
     def _fisher(self, samples: Samples) -> Mapping[str, torch.Tensor]:
         return self._path(rounded=False).gradients(samples, nodes("start", 1), second_moment=True).square
@@ -144,38 +209,22 @@ class CalibratedRun:
         calls = block_calls(self.network, [block for _, block in blocks], samples)
         inputs, originals = list(calls.hidden), calls.hidden
         roundings, settled = dict[str, Rounding](), dict[str, QuantizedLayer]()
-        for index, (prefix, block) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
-            run = partial(run_block, block, keywords=calls.keywords[index])
-            original = Side(block, originals, calls.keywords[index])
-            originals = steps.equalize(prefix, original)
+        for index, (prefix, module) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
             linears = {name: linear for name, linear in self._linears.items() if name.startswith(f"{prefix}.")}
-            statistics = {}
-            if self.recipe.base not in DATA_FREE:
-                statistics = collect(block, linears, inputs, calls.keywords[index])
-            if self.recipe.base in EQUALIZED:
-                self._equalize(prefix, block, statistics, masks)
-            made = {
-                name: self._rounding(
-                    name,
-                    Task(
-                        linear.weight.detach(),
-                        self.schemes[name].weights,
-                        self.dtype,
-                        statistics.get(name),
-                        masks.get(name),
-                        importance.get(name),
-                    ),
-                )
-                for name, linear in linears.items()
-            }
+            block = _Block(prefix, module, linears, calls.keywords[index])
+            original = Side(module, originals, block.keywords)
+            originals = steps.equalize(prefix, original)
             if steps.settles:
-                layers = {name: self._stored(name, rounding, masks) for name, rounding in made.items()}
+                rounded = self._rounded(block, inputs, masks, importance)
+                layers = {name: self._stored(name, rounding, masks) for name, rounding in rounded.items()}
                 layers, inputs = steps.settle(prefix, layers, original, originals, inputs)
                 settled |= layers
                 continue
+            pairs = list(zip(inputs, originals, strict=True))
+            tensors, _ = self.stages.kept(prefix, partial(self._finished, block, pairs, masks, importance))
+            made = self._put_back(block, tensors, masks)
             with trainable(linears, made):
-                self._train(run, made, list(zip(inputs, originals, strict=True)))
-                inputs = [run(hidden) for hidden in inputs]
+                inputs = [block.run(hidden) for hidden in inputs]
             roundings |= made
         return roundings, settled
 
@@ -183,6 +232,58 @@ class CalibratedRun:
         if self.recipe.activations_of(name).per_tensor:
             return FixedRounding(int8.one_step(task.weight, task.dtype), task.weight, None)
         return BASES[self.recipe.base](task)
+
+    def _rounded(
+        self, block: _Block, inputs: list[torch.Tensor], masks: Masks, importance: Mapping[str, torch.Tensor]
+    ) -> dict[str, Rounding]:
+        """One block's layers on their base, before any training."""
+        statistics: dict[str, InputStatistics] = {}
+        if self.recipe.base not in DATA_FREE:
+            statistics = collect(block.module, block.linears, inputs, block.keywords)
+        if self.recipe.base in EQUALIZED:
+            self._equalize(block.prefix, block.module, statistics, masks)
+        return {
+            name: self._rounding(
+                name,
+                Task(
+                    linear.weight.detach(),
+                    self.schemes[name].weights,
+                    self.dtype,
+                    statistics.get(name),
+                    masks.get(name),
+                    importance.get(name),
+                ),
+            )
+            for name, linear in block.linears.items()
+        }
+
+    def _finished(
+        self,
+        block: _Block,
+        pairs: list[tuple[torch.Tensor, torch.Tensor]],
+        masks: Masks,
+        importance: Mapping[str, torch.Tensor],
+    ) -> Result:
+        """One block, quantized so that the inputs of ``pairs`` give their outputs, taken apart for keeping."""
+        made = self._rounded(block, [hidden for hidden, _ in pairs], masks, importance)
+        with trainable(block.linears, made):
+            self._train(block.run, made, pairs)
+        tensors = {f"{name}|{part}": t for name, one in made.items() for part, t in kept.tensors_of(one).items()}
+        if self.recipe.base in EQUALIZED:
+            tensors |= {f"|{name}": parameter for name, parameter in block.module.named_parameters()}
+        return tensors, {}
+
+    def _put_back(self, block: _Block, tensors: Mapping[str, torch.Tensor], masks: Masks) -> dict[str, Rounding]:
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, part = key.split("|")
+            parts.setdefault(name, {})[part] = tensor.to(self.network.device)
+        for name, tensor in parts.get("", {}).items():
+            block.module.get_parameter(name).copy_(tensor)
+        return {
+            name: kept.rebuilt(parts[name], self.schemes[name].weights, self.dtype, masks.get(name))
+            for name in block.linears
+        }
 
     def _equalize(self, prefix: str, block: nn.Module, statistics: dict[str, InputStatistics], masks: Masks) -> None:
         """Scales the inputs of ``block``'s layers as AWQ does; ``statistics`` follow."""
@@ -217,14 +318,43 @@ class CalibratedRun:
             train_block(run, learned, samples, self.recipe.training, self.recipe.seed)
 
     def _distilled(
-        self, roundings: Mapping[str, Rounding], samples: list[tuple[torch.Tensor, torch.Tensor]]
+        self, roundings: dict[str, Rounding], samples: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> list[float]:
-        learned = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding)}
-        if not samples or not learned:
+        """With a rate of offsets it trains learned roundings, without one the steps of what any base has rounded."""
+        settings = self.recipe.distillation
+        if not settings.steps:
             return []
+        if not settings.rate:
+            for name, rounding in roundings.items():
+                roundings[name] = Rescaled(*rounding.quantized(), rounding.excluded)
+        trained = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding | Rescaled)}
         blocks = [block for _, block in models.blocks(self.network, self.architecture)]
         with trainable(self._linears, roundings):
-            return distill(self.network, blocks, learned, samples, self.recipe.distillation, seed=self.recipe.seed)
+            return distill(self.network, blocks, trained, samples, settings, seed=self.recipe.seed)
+
+    def _restore(self, roundings: dict[str, Rounding], masks: Masks, samples: Samples) -> list[Completeness]:
+        """Gives the significant weights of what is quantized already their value back; extends ``masks``."""
+        made = {name: rounding.quantized() for name, rounding in roundings.items()}
+        path = self._path(rounded=False)
+        path = replace(path, end={name: roundings[name]().detach().clone() for name in path.start})
+        numel = sum(weight.numel() for weight in path.start.values())
+        found = significant.select(
+            path,
+            samples,
+            Sensitivity.of(self.recipe.selection, seed=self.recipe.seed),
+            round(self.recipe.significant * numel),
+            steps=self.recipe.selection.steps,
+            per_matrix=self.recipe.selection.per_matrix,
+            taken={name: mask.flatten().nonzero().flatten() for name, mask in masks.items()} or None,
+        )
+        path.move_to(0.0)
+        for name, index in found.indices.items():
+            dense, target = made[name]
+            restored = torch.zeros_like(target, dtype=torch.bool)
+            restored.view(-1)[index] = True
+            masks[name] = masks[name] | restored if name in masks else restored
+            roundings[name] = FixedRounding(dense, torch.where(restored, path.start[name], target), masks[name])
+        return found.completeness
 
     def _stored(self, name: str, rounding: Rounding, masks: Masks) -> QuantizedLayer:
         dense, target = rounding.quantized()

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from requant_kernels.errors import CheckpointError, SchemeError
 
+from requant import options, settings
 from requant import recipe as recipes
-from requant import settings
-from requant.aweq import options as aweq
 from requant.errors import InputError
 
 
@@ -43,28 +42,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="requant", description="Dense-plus-sparse low-bit checkpoints for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    quantize = commands.add_parser("quantize", help="make a checkpoint", description=_quantize.__doc__)
-    quantize.set_defaults(run=_quantize)
-    quantize.add_argument("model", metavar="MODEL", help="folder, hub name, or GGUF file")
-    quantize.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to make")
-    quantize.add_argument("--recipe", metavar="NAME|FILE", help=f"default {recipes.DEFAULT}; options override it")
-    quantize.add_argument("--method", choices=("aweq", *settings.BASES), help="aweq: its preset; else a base quantizer")
-    quantize.add_argument("--base", choices=settings.BASES, help="base quantizer")
-    quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8))
-    quantize.add_argument("--group-size", type=int, metavar="N", help="-1 (one per row), 32, 64, 128 or 256")
-    quantize.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=None)
-    quantize.add_argument("--outliers", metavar="RATIO", help="share kept in the sparse part, such as 0.5%%")
-    quantize.add_argument("--activations", choices=("none", "dynamic", "static"), help="int8 inputs, of 8-bit weights")
-    quantize.add_argument("--equalize", choices=("none", "minmax", "absmax"), help="ranges that channels are scaled by")
-    quantize.add_argument("--alpha", type=float, help="of --equalize; without it, searched for each pair of layers")
-    quantize.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=None)
-    quantize.add_argument("--ignore", action="append", metavar="REGEX", help="layers to leave as they are; repeatable")
-    quantize.add_argument("--seed", type=int)
-    quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
-    quantize.add_argument("--overwrite", action="store_true", help="replace OUT when the new one is whole")
-    quantize.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    _add_quantize(commands)
 
     check = commands.add_parser("check", help="validate a checkpoint", description=_check.__doc__)
     check.set_defaults(run=_check)
@@ -94,6 +72,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    quantize = commands.add_parser("quantize", help="make a checkpoint", description=_quantize.__doc__)
+    quantize.set_defaults(run=_quantize)
+    quantize.add_argument("model", metavar="MODEL", help="folder, hub name, or GGUF file")
+    quantize.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to make")
+    start = quantize.add_mutually_exclusive_group()
+    start.add_argument(
+        "--recipe", metavar="NAME|FILE", help=f"default {recipes.DEFAULT}; the other options override it"
+    )
+    start.add_argument("--method", choices=options.METHODS, help="its preset for --bits as the recipe")
+    quantize.add_argument("--base", choices=settings.BASES, help="base quantizer")
+    quantize.add_argument("--bits", type=int, choices=(2, 3, 4, 8))
+    quantize.add_argument("--group-size", type=int, metavar="N", help="-1 (one per row), 32, 64, 128 or 256")
+    quantize.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=None)
+    quantize.add_argument("--outliers", metavar="RATIO", help="share of the largest kept exactly, such as 0.5%%")
+    quantize.add_argument("--significant", metavar="RATIO", help="share chosen by sensitivity, such as 0.05%%")
+    quantize.add_argument("--target-bits", type=float, metavar="X", help="true bits a weight; the shares follow")
+    quantize.add_argument("--mixed", action="store_const", const=True, help="with --target-bits: bits of each matrix")
+    quantize.add_argument("--activations", choices=("none", "dynamic", "static"), help="int8 inputs, of 8-bit weights")
+    quantize.add_argument("--equalize", choices=("none", "minmax", "absmax"), help="ranges that channels are scaled by")
+    quantize.add_argument("--alpha", type=float, help="of --equalize; without it, searched for each pair of layers")
+    quantize.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=None)
+    quantize.add_argument("--calibration", metavar="SRC", help="a UTF-8 text, or builtin")
+    quantize.add_argument("--samples", type=int, metavar="N", help="windows of calibration text")
+    quantize.add_argument("--seqlen", type=int, metavar="N", help="tokens of each")
+    quantize.add_argument("--ignore", action="append", metavar="REGEX", help="layers to leave as they are; repeatable")
+    quantize.add_argument("--seed", type=int)
+    quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    quantize.add_argument("--resume", action="store_true", help="keep what is finished; continue where a run stopped")
+    quantize.add_argument("--overwrite", action="store_true", help="replace OUT when the new one is whole")
+    quantize.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
 def _quantize(arguments: argparse.Namespace) -> None:
     """Quantize MODEL into the folder OUT."""
     from requant import api
@@ -102,10 +114,11 @@ def _quantize(arguments: argparse.Namespace) -> None:
     report = api.quantize(
         arguments.model,
         arguments.out,
-        _recipe(arguments),
+        options.recipe_of({name: value for name, value in vars(arguments).items() if value is not None}),
         device=arguments.device,
         overwrite=arguments.overwrite,
         max_shard_size=arguments.max_shard_size,
+        resume=arguments.resume,
     )
     if arguments.json:
         print(json.dumps(report.to_dict()))
@@ -173,22 +186,6 @@ def _degrees(text: str) -> tuple[int, ...]:
     if min(degrees) < 1:
         raise ValueError
     return degrees
-
-
-def _recipe(arguments: argparse.Namespace) -> recipes.Recipe:
-    """The recipe named, with what the options say otherwise."""
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    recipe = recipes.load_recipe(given.get("recipe") or aweq.preset(given) or recipes.DEFAULT)
-    changes: dict[str, Any] = {name: given[name] for name in ("base", "seed") if name in given}
-    if given.get("method", "aweq") != "aweq":
-        changes["base"] = given["method"]
-    if "outliers" in given:
-        changes["outliers"] = recipes.parse_ratio(given["outliers"])
-    if "ignore" in given:
-        changes["ignore"] = (*recipe.ignore, *given["ignore"])
-    changes |= aweq.changes(recipe, given)
-    weights = {name: given[name] for name in ("bits", "group_size", "symmetric") if name in given}
-    return dataclasses.replace(recipe, weights=dataclasses.replace(recipe.weights, **weights), **changes)
 
 
 def _quiet_libraries() -> None:

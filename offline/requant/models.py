@@ -143,6 +143,13 @@ def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.
     return found
 
 
+def shared_schemes(model: PreTrainedModel, architecture: Architecture) -> list[list[str]]:
+    """The linear layers of all blocks, in order, by sets that must share a scheme."""
+    members = {name: names for names in architecture.fused for name in names}
+    local = dict.fromkeys(members.get(name, (name,)) for name in architecture.linears)
+    return [[f"{prefix}.{name}" for name in names] for prefix, _ in blocks(model, architecture) for names in local]
+
+
 def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tensor, str]:
     """The weight of the output head, which is never quantized, and what to say about it."""
     weight = model.get_parameter(f"{architecture.head}.weight")

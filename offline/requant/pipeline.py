@@ -1,5 +1,7 @@
 """The walk of ``requant quantize``: recipe -> blocks -> quantizer -> detach -> checkpoint. No step reaches back."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedModel
 from requant import models, sources
 from requant.aweq import int8
 from requant.calibrated import Calibrated, CalibratedRun
-from requant.calibration import read_windows
+from requant.calibration import Windows, read_windows
 from requant.checkpoint import ShardWriter, write_json
 from requant.detach import outliers
 from requant.errors import InputError
@@ -25,6 +27,7 @@ from requant.quantizers.bases import DATA_FREE
 from requant.quantizers.dense import attach_residual
 from requant.recipe import Recipe
 from requant.report import LayerRow, Report, Totals
+from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
 from requant.versions import producer
 
@@ -32,11 +35,21 @@ REPORT_FILE = "requant_report.json"
 
 
 def run(
-    model: str | Path, out: Path, recipe: Recipe, *, device: torch.device, overwrite: bool, max_shard_bytes: int
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    overwrite: bool,
+    max_shard_bytes: int,
+    resume: bool = False,
 ) -> Report:
     """Quantizes ``model`` into the folder ``out``. Without calibration, matrices visit ``device`` one by one; the model
-    stays on the CPU and is freed block by block. With it, the whole model computes on ``device`` in fp32. Raises
-    InputError, SchemeError; leaves nothing behind when it does."""
+    stays on the CPU and is freed block by block. With it, the whole model computes on ``device`` in fp32. ``resume``:
+    keeps what is finished of a calibrated run until it is whole, and takes up what an earlier one kept. Raises
+    InputError, SchemeError; leaves nothing else behind when it does."""
+    if resume and recipe.settled:
+        raise InputError("--resume: not with activations or bias_correction, whose blocks are not kept; leave it out")
     source = sources.resolve(model)
     scheme = plan(sources.read_config(source), recipe, producer())
     with staged(out, overwrite=overwrite, source=source.path) as folder:
@@ -45,7 +58,8 @@ def run(
         original_bytes = sum(parameter.nbytes for parameter in network.parameters())
         shards = ShardWriter(folder, max_shard_bytes)
         architecture = models.ARCHITECTURES[network.config.model_type]
-        calibrated = _calibrate(network, source, scheme, recipe, device) if recipe.calibrated else None
+        kept = folder_of(out) if resume else None
+        calibrated = _calibrate(network, source, scheme, recipe, device, kept=kept) if recipe.calibrated else None
         layers = calibrated.layers if calibrated else {}
         if layers:
             scheme = fitted(scheme, {name: layer.scheme for name, layer in layers.items()})
@@ -60,6 +74,8 @@ def run(
             calibration=calibrated.summary() if calibrated else None,
         )
         _write_metadata(source, network, scheme, report, folder)
+    if resume:
+        shutil.rmtree(folder_of(out), ignore_errors=True)
     return report
 
 
@@ -135,6 +151,8 @@ def _calibrate(
     scheme: CheckpointScheme,
     recipe: Recipe,
     device: torch.device,
+    *,
+    kept: Path | None,
 ) -> Calibrated:
     """Computes in fp32; the norms of ``network`` may come back rewritten, in numbers that its own dtype can hold."""
     context = network.config.max_position_embeddings
@@ -151,6 +169,7 @@ def _calibrate(
         {name: chosen for name, chosen in schemes.items() if chosen},
         recipe,
         dtype,
+        Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages(),
     )
     try:
         return run.quantize(windows)
@@ -158,6 +177,17 @@ def _calibrate(
         raise InputError(f"{source.name}: {error}") from None
     finally:
         network.to("cpu", dtype)
+
+
+def _fingerprint(source: sources.Source, windows: Windows, recipe: Recipe, device: torch.device) -> dict[str, str]:
+    """All that decides the bytes of a run, by the names that a refusal uses."""
+    files = [source.path] if source.gguf else [source.folder / "config.json", *source.folder.glob("*.safetensors")]
+    return {
+        "the model's files": digest(files),
+        "the calibration text": windows.sha256,
+        "the recipe": json.dumps(recipe.to_dict(), sort_keys=True),
+        "versions and device": json.dumps(producer() | {"device": device.type}, sort_keys=True),
+    }
 
 
 def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:

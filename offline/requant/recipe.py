@@ -12,6 +12,7 @@ from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, SparseScheme, Weig
 from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
 from requant.settings import (
+    ADDITIVE,
     BASES,
     CODEBOOK,
     DATA_FREE,
@@ -51,9 +52,11 @@ class Override:
 class Recipe:
     """``outliers``, ``significant``: shares of all entries in the sparse part, chosen as ``selection`` says.
     ``training``: of the base ``learned``, by block; ``distillation``: of the same, through the whole model, off at 0
-    steps. ``equalization``, ``activations``, ``bias_correction``: AWEQ's steps. ``overrides``: other weights and
-    activations for layers whose full name a regular expression matches. ``ignore``: regular expressions; a linear layer
-    whose full name one of them matches stays as it is. Raises InputError, or SchemeError of weights and activations."""
+    steps. ``target_bits``: true bits a weight to spend, from which group size and ``significant`` follow, with
+    ``mixed`` bits and group size of each matrix. ``equalization``, ``activations``, ``bias_correction``: AWEQ's steps.
+    ``overrides``: other weights and activations for layers whose full name a regular expression matches. ``ignore``:
+    regular expressions; a linear layer whose full name one of them matches stays as it is. Raises InputError, or
+    SchemeError of weights and activations."""
 
     weights: WeightScheme
     base: str = "rtn"
@@ -67,6 +70,8 @@ class Recipe:
     activations: Activations = field(default_factory=Activations)
     bias_correction: bool = False
     overrides: dict[str, "Override"] = field(default_factory=dict)
+    target_bits: float | None = None
+    mixed: bool = False
     ignore: tuple[str, ...] = ()
     seed: int = 0
 
@@ -82,8 +87,10 @@ class Recipe:
         if self.weights.codebook != (self.base in CODEBOOK):
             needed = str(self.base in CODEBOOK).lower()
             raise InputError(f"recipe: base {self.base!r} needs weights.codebook {needed}")
-        if self.distillation.steps and self.base not in TRAINED:
-            raise InputError(f"recipe: distillation trains the base {TRAINED[0]!r}, not {self.base!r}")
+        if self.distillation.steps and (self.base in CODEBOOK or (self.distillation.rate and self.base not in TRAINED)):
+            way = "" if self.base in CODEBOOK else " (at rate 0, its steps alone)"
+            raise InputError(f"recipe: distillation trains the base {TRAINED[0]!r}, not {self.base!r}{way}")
+        self._check_target()
         for key in ("overrides", "ignore"):
             for pattern in getattr(self, key):
                 try:
@@ -100,8 +107,12 @@ class Recipe:
         if self.equalization.wanted and self.base in EQUALIZED:
             raise InputError(f"recipe: base {self.base!r} equalizes by itself; leave equalization out")
         schemes = [self.layer_scheme, *self.layer_schemes.values()]
-        if self.base in TRAINED and (self.bias_correction or any(scheme.activations for scheme in schemes)):
+        if self.settled and self.base in TRAINED:
             raise InputError(f"recipe: base {self.base!r} is trained without rounded inputs and bias correction")
+        if self.settled and (self.distillation.steps or self.selection.restore):
+            raise InputError("recipe: distillation and selection.restore know no rounded inputs and bias correction")
+        if self.target_bits is not None and (self.settled or self.overrides):
+            raise InputError("recipe: target_bits spends bits on weights alone: no activations, corrections, overrides")
         if any(scheme.weights.codebook != (self.base in CODEBOOK) for scheme in schemes):
             raise InputError(f"recipe: base {self.base!r} can not make the weights of every override")
         per_tensor = any(
@@ -109,6 +120,12 @@ class Recipe:
         )
         if per_tensor and self.base != "rtn":
             raise InputError("recipe: activations.per_tensor needs base 'rtn'")
+
+    @property
+    def settled(self) -> bool:
+        """Whether any layer has its input rounded or its bias corrected, after its weights are what they will be."""
+        schemes = (self.layer_scheme, *self.layer_schemes.values())
+        return self.bias_correction or any(scheme.activations for scheme in schemes)
 
     @property
     def layer_scheme(self) -> LayerScheme:
@@ -126,17 +143,31 @@ class Recipe:
 
     def _scheme(self, weights: WeightScheme, activations: Activations) -> LayerScheme:
         """A W8A8 layer has no sparse part."""
-        sparse = SparseScheme() if (self.outliers or self.significant) and not activations.scheme else None
+        entries = self.outliers or self.significant or self.target_bits
+        sparse = SparseScheme() if entries and not activations.scheme else None
         return LayerScheme(weights, sparse, activations.scheme, self.bias_correction)
+
+    def _check_target(self) -> None:
+        if self.target_bits is None:
+            if self.mixed:
+                raise InputError("recipe: mixed needs target_bits")
+            return
+        if type(self.target_bits) not in (int, float) or not 1 <= self.target_bits <= 16:
+            raise InputError(f"recipe: target_bits {self.target_bits!r} is not a number from 1 to 16")
+        if self.selection.sensitivity not in ADDITIVE:
+            predicting = " or ".join(ADDITIVE)
+            raise InputError(f"recipe: target_bits needs sensitivity {predicting}, not {self.selection.sensitivity!r}")
 
     @property
     def calibrated(self) -> bool:
         """Whether it takes calibration text, and so the whole model at once."""
         adaptive = self.outliers > 0 and self.selection.rule != "magnitude"
+        chosen = self.significant > 0 or adaptive or self.target_bits is not None
         aweq = self.equalization.wanted or self.bias_correction
         inputs = (self.layer_scheme.activations, *(scheme.activations for scheme in self.layer_schemes.values()))
         static = any(one is not None and not one.dynamic for one in inputs)
-        return self.base not in DATA_FREE or self.significant > 0 or adaptive or aweq or static
+        trained = self.base not in DATA_FREE or self.distillation.steps > 0
+        return trained or chosen or aweq or static
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "recipe") -> Self:

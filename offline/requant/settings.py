@@ -26,7 +26,9 @@ SENSITIVITIES = (
     "error",
     "random",
 )
+ADDITIVE = ("pqi-second-moment", "fisher-error")  # whose scores add up to a predicted loss
 OutlierRule = Literal["magnitude", "quartiles", "adaptive"]
+Quadrature = Literal["midpoint", "trapezoid", "paper"]
 BUILTIN = "builtin"
 
 
@@ -60,22 +62,31 @@ class Calibration:
 @dataclass(frozen=True)
 class Selection:
     """rule: how outliers are distributed over matrices (detach/outliers.py). sensitivity, steps, intervals: how
-    significant weights are found (detach/significant.py); per_matrix: the same share of each matrix."""
+    significant weights are found (detach/significant.py); quadrature: of path integrals (sensitivity/quadrature.py);
+    per_matrix: the same share of each matrix; restore: significant weights get their value back after quantization, as
+    in the paper, instead of being left out of it."""
 
     rule: OutlierRule = "magnitude"
     sensitivity: str = "pqi-second-moment"
     steps: int = 1
     intervals: int = 4
+    quadrature: Quadrature = "midpoint"
     per_matrix: bool = False
+    restore: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(OutlierRule):
             raise InputError(f"selection: rule {self.rule!r} is not one of {', '.join(get_args(OutlierRule))}")
         if self.sensitivity not in SENSITIVITIES:
             raise InputError(f"selection: sensitivity {self.sensitivity!r} is not one of {', '.join(SENSITIVITIES)}")
-        if type(self.per_matrix) is not bool:
-            raise InputError(f"selection: per_matrix {self.per_matrix!r} is not true or false")
-        _whole(self, "selection", steps=1, intervals=1)
+        if self.quadrature not in get_args(Quadrature):
+            raise InputError(
+                f"selection: quadrature {self.quadrature!r} is not one of {', '.join(get_args(Quadrature))}"
+            )
+        for name in ("per_matrix", "restore"):
+            if type(getattr(self, name)) is not bool:
+                raise InputError(f"selection: {name} {getattr(self, name)!r} is not true or false")
+        _whole(self, "selection", steps=1, intervals=2 if self.quadrature == "paper" else 1)
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,9 @@ class Training:
 class Distillation:
     """steps of ``batch`` samples each, none by default; rates rise over the first tenth and fall linearly to zero.
 
-    ``rate``: of offsets, in quantization steps; ``range_rate``: of the ends of ranges, relative; ``value_rate``: of the
-    sparse part, relative to the mean size of its values.
+    ``rate``: of offsets, in quantization steps; 0: codes stay as they are, which every uniform base allows;
+    ``range_rate``: of the ends of ranges or, where codes stay, of steps, relative; ``value_rate``: of the sparse part,
+    relative to the mean size of its values.
     """
 
     steps: int = 0

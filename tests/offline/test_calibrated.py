@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module)
 
 
 def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
-    recipe = Recipe(UNIFORM, "learned", significant=0.002, training=FEW, distillation=Distillation(steps=2))
+    recipe = Recipe(UNIFORM, "learned", significant=0.002, training=FEW, distillation=Distillation(2))
     runs = [run_of(causal_lm(micro_llama), recipe).quantize(windows(3)) for _ in range(2)]
     for name, layer in runs[0].layers.items():
         for part, tensor in layer.to_tensors().items():
@@ -105,3 +106,41 @@ def test_awq_changes_the_model_but_not_its_function(micro_llama: Path, model: nn
         torch.testing.assert_close(
             model(windows(1).ids[0]).logits, original(windows(1).ids[0]).logits, atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
+def test_a_target_of_true_bits_is_met(model: nn.Module, mixed: bool) -> None:
+    recipe = Recipe(UNIFORM, "rtn", target_bits=3.7, mixed=mixed, selection=Selection(intervals=1))
+    layers = run_of(model, recipe).quantize(windows(3)).layers
+    numel = sum(linear.weight.numel() for linear in models.linears(model, models.LLAMA).values())
+    assert 3.69 <= sum(layer.stored_bits() for layer in layers.values()) / numel <= 3.7
+    schemes = {layer.scheme.weights for layer in layers.values()}
+    assert (len(schemes) > 1) == mixed
+    for unit in models.shared_schemes(model, models.LLAMA):
+        assert len({layers[name].scheme for name in unit}) == 1
+
+
+@pytest.mark.parametrize("base", ["awq", "gptq"])
+def test_weights_restored_afterwards_leave_the_dense_part_alone(micro_llama: Path, base: str) -> None:
+    selection = Selection("magnitude", "pqi", steps=2, intervals=1, restore=True)
+    plain = Recipe(UNIFORM, base, outliers=0.004, selection=selection)
+    before = run_of(causal_lm(micro_llama), plain).quantize(windows(3)).layers
+    network = causal_lm(micro_llama)
+    after = run_of(network, replace(plain, significant=0.001)).quantize(windows(3)).layers
+    linears = models.linears(network, models.LLAMA)
+    more = 0
+    for name, layer in after.items():
+        assert torch.equal(layer.packed, before[name].packed)
+        added = layer.sparse.to_dense() != before[name].sparse.to_dense()
+        more += layer.sparse.nnz - before[name].sparse.nnz
+        torch.testing.assert_close(dequantize(layer)[added], linears[name].weight[added], atol=1e-3, rtol=1e-2)
+    assert more == round(0.001 * sum(linear.weight.numel() for linear in linears.values()))
+
+
+def test_steps_of_any_uniform_base_can_be_distilled(model: nn.Module) -> None:
+    recipe = Recipe(UNIFORM, "gptq", significant=0.002, selection=Selection(intervals=1))
+    plain = run_of(model, recipe).quantize(windows(4))
+    settings = Distillation(steps=8, rate=0.0, range_rate=0.01)
+    tuned = run_of(model, replace(recipe, distillation=settings)).quantize(windows(4))
+    assert all(torch.equal(layer.packed, plain.layers[name].packed) for name, layer in tuned.layers.items())
+    assert tuned.divergences[-1] < tuned.divergences[0]

@@ -63,6 +63,7 @@ def test_check_prints_a_line_for_each_defect(quantized, capsys):
         ["quantize"],
         ["quantize", "model", "-o", "out", "--bits", "5"],
         ["quantize", "model", "-o", "out", "--base", "magic"],
+        ["quantize", "model", "-o", "out", "--method", "rtn", "--recipe", "rtn-w4"],
         ["check", "out", "--tp", "0"],
         ["check", "out", "--tp", "two"],
         ["eval", "model"],

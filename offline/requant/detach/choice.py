@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from requant.detach import outliers, significant
-from requant.sensitivity.criteria import criterion
 from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
 from requant.settings import Selection
@@ -29,7 +28,13 @@ class Budget:
 
 
 def choose(
-    path: Path, samples: Sequence[torch.Tensor], budget: Budget, selection: Selection, rounded: Rounder
+    path: Path,
+    samples: Sequence[torch.Tensor],
+    budget: Budget,
+    selection: Selection,
+    rounded: Rounder,
+    *,
+    seed: int = 0,
 ) -> tuple[dict[str, torch.Tensor], list[Completeness]]:
     """Masks bool [N, K] by name, and the completeness of each path integral that significant weights took.
 
@@ -45,7 +50,7 @@ def choose(
         found = significant.select(
             path,
             samples,
-            Sensitivity(criterion(selection.sensitivity), intervals=selection.intervals),
+            Sensitivity.of(selection, seed=seed),
             round(budget.significant * sum(mask.numel() for mask in masks.values())),
             steps=selection.steps,
             per_matrix=selection.per_matrix,
@@ -66,7 +71,7 @@ def _outliers(
     if selection.rule == "quartiles":
         return outliers.beyond_quartiles(path.start, ratio)
     held, seen = samples[::HELD_OUT], [sample for i, sample in enumerate(samples) if i % HELD_OUT]
-    means = Sensitivity(criterion("pqi"), intervals=selection.intervals).measure(path, seen).means()
+    means = Sensitivity.of(selection, "pqi").measure(path, seen).means()
 
     def loss_of(masks: Mapping[str, torch.Tensor]) -> float:
         _requantize(path, masks, rounded)

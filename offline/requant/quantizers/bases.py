@@ -11,6 +11,7 @@ from requant.quantizers import awq, clip, gptq, kmeans, rtn
 from requant.quantizers.dense import QuantizedDense
 from requant.quantizers.grid import Grid
 from requant.quantizers.learned import LearnedRounding
+from requant.quantizers.rescaled import Rescaled
 from requant.statistics import InputStatistics
 
 
@@ -55,7 +56,7 @@ class FixedRounding(nn.Module):
         return self.result
 
 
-Rounding = LearnedRounding | FixedRounding
+Rounding = LearnedRounding | FixedRounding | Rescaled
 
 
 def _rtn(task: Task) -> Rounding:
@@ -87,7 +88,11 @@ def _kmeans(task: Task) -> Rounding:
 
 
 def _learned(task: Task) -> Rounding:
-    return LearnedRounding(task.weight, *task.searched(), task.scheme, dtype=task.dtype, excluded=task.excluded)
+    low, high = task.searched()
+    grid = Grid.spanning(low, high, task.scheme, task.dtype)
+    # training starts from GPTQ's codes: it has little left to learn, and has it sooner
+    _, anchor = gptq.quantize(task.weight, grid, task.statistics.second_moment, excluded=task.excluded)
+    return LearnedRounding(anchor, low, high, task.scheme, dtype=task.dtype, excluded=task.excluded)
 
 
 BASES: dict[str, Callable[[Task], Rounding]] = {

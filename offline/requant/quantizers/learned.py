@@ -12,7 +12,7 @@ from torch import nn
 from requant.quantizers.dense import QuantizedDense
 from requant.quantizers.grid import Grid, storable_scale
 
-RANGE_FACTORS = (0.2, 2.0)  # of the initial range: a scale of zero would have no gradient that leads back
+FACTORS = (0.2, 2.0)  # of the initial ranges or steps: a scale of zero would have no gradient that leads back
 
 
 class LearnedRounding(nn.Module):
@@ -45,28 +45,28 @@ class LearnedRounding(nn.Module):
     def forward(self, _original: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 [N, K]: what the stored layer will decode to, differentiable in the parameters."""
         scale, zero = self._grid()
-        codes = _through(torch.round, self.kept / scale + self.offset) + zero
+        codes = through(torch.round, self.kept / scale + self.offset) + zero
         dense = ((codes.clamp(0, self.scheme.levels - 1) - zero) * scale).flatten(1)
         if self.excluded is None:
             return dense
         assert self.values is not None
-        return dense.masked_scatter(self.excluded, _through(lambda v: v.to(self.dtype).float(), self.values))
+        return dense.masked_scatter(self.excluded, through(lambda v: v.to(self.dtype).float(), self.values))
 
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero), [N, G, 1]; the differentiable twin of Grid.spanning."""
         low, high, top = self.low * self.low_factor, self.high * self.high_factor, self.scheme.levels - 1
         step = torch.maximum(high, -low) * (2 / top) if self.scheme.symmetric else (high - low) / top
-        scale = _through(lambda s: storable_scale(s, self.dtype).float(), step)[..., None]
+        scale = through(lambda s: storable_scale(s, self.dtype).float(), step)[..., None]
         if self.scheme.symmetric:
             return scale, torch.full_like(scale, self.scheme.midpoint)
-        return scale, _through(torch.round, -low[..., None] / scale).clamp(0, top)
+        return scale, through(torch.round, -low[..., None] / scale).clamp(0, top)
 
     @torch.no_grad()
     def project(self) -> None:
         """Back into the allowed set, after a step."""
         self.offset.clamp_(-0.5, 0.5)
         for factor in (self.low_factor, self.high_factor):
-            factor.clamp_(*RANGE_FACTORS)
+            factor.clamp_(*FACTORS)
 
     @torch.no_grad()
     def quantized(self) -> tuple[QuantizedDense, torch.Tensor]:
@@ -79,6 +79,6 @@ class LearnedRounding(nn.Module):
         return grid.dense(codes.flatten(1)), self.forward()
 
 
-def _through(function, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def through(function, x: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
     """function(x) forward, the identity backward (straight-through estimator)."""
     return x + (function(x) - x).detach()

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from requant.sensitivity.criteria import Criterion, Evidence
+from requant.sensitivity.criteria import Criterion, Evidence, criterion
 from requant.sensitivity.pqi import Completeness, Path, PathGradients, completeness
 from requant.sensitivity.quadrature import Rule
 from requant.sensitivity.store import TensorStore
+from requant.settings import Selection
 
 
 @dataclass(frozen=True)
@@ -21,23 +22,26 @@ class Measurement:
     tokens: int
     seed: int
 
+    def score(self, name: str) -> torch.Tensor:
+        """fp32 [N, K] of one matrix, for the error that the path's end has there now."""
+        weight = self.path.start[name].float()
+        evidence = Evidence(
+            weight,
+            self.path.end[name].float() - weight,
+            self.gradients.mean.get(name),
+            self.gradients.square.get(name),
+            self.tokens,
+            torch.Generator().manual_seed(self.seed * len(self.path.parameters) + self._position(name)),
+        )
+        return self.criterion.score(evidence)
+
+    def _position(self, name: str) -> int:
+        return list(self.path.parameters).index(name)
+
     def scores(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, fp32 [N, K]) of every matrix, always the same and in the same order."""
-        for position, name in enumerate(self.path.parameters):
-            weight = self.path.start[name].float()
-            yield (
-                name,
-                self.criterion.score(
-                    Evidence(
-                        weight,
-                        self.path.end[name].float() - weight,
-                        self.gradients.mean.get(name),
-                        self.gradients.square.get(name),
-                        self.tokens,
-                        torch.Generator().manual_seed(self.seed * len(self.path.parameters) + position),
-                    )
-                ),
-            )
+        for name in self.path.parameters:
+            yield name, self.score(name)
 
     def completeness(self, samples: Sequence[torch.Tensor]) -> Completeness:
         """Of the path integral behind the scores, against the loss of ``samples`` at both ends."""
@@ -58,6 +62,12 @@ class Sensitivity:
     intervals: int = 8
     seed: int = 0
     stores: Callable[[], TensorStore] = TensorStore
+
+    @classmethod
+    def of(cls, selection: Selection, name: str | None = None, *, seed: int = 0) -> "Sensitivity":
+        """As ``selection`` says, with its own criterion or the one of that name."""
+        chosen = criterion(name or selection.sensitivity)
+        return cls(chosen, rule=selection.quadrature, intervals=selection.intervals, seed=seed)
 
     def measure(self, path: Path, samples: Sequence[torch.Tensor]) -> Measurement:
         """samples: token ids int64 [B, T] of one shape. Raises ValueError where a loss is not finite."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from requant.progress import track
 from requant.sensitivity.store import TensorStore
 from requant.sensitivity.streaming import streamed_gradients
 
@@ -86,10 +87,11 @@ class Path:
         mean, square = self._accumulator(stores), self._accumulator(stores) if second_moment else TensorStore()
         part = self._accumulator(stores) if second_moment else mean
         scale = 1.0 if second_moment else 1 / len(samples)
-        for walked_together in [[sample] for sample in samples] if second_moment else [samples]:
-            for t, weight in points:
-                self._add_gradients(part, walked_together, t, weight * scale)
-            if second_moment:
+        groups = [[sample] for sample in samples] if second_moment else [samples]
+        steps = [(group, t, weight) for group in groups for t, weight in points]
+        for done, (group, t, weight) in track(enumerate(steps, start=1), len(steps), "path integral"):
+            self._add_gradients(part, group, t, weight * scale)
+            if second_moment and done % len(points) == 0:
                 _add_moments(part, mean, square, 1 / len(samples))
         self.move_to(0.0)
         return PathGradients(mean, square)

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from requant.quantizers.learned import LearnedRounding
+from requant.quantizers.rescaled import Rescaled
 from requant.sensitivity.store import TensorStore
 from requant.sensitivity.streaming import streamed_gradients
 from requant.settings import Distillation
@@ -22,7 +23,7 @@ TOKENS_AT_ONCE = 256  # whose logits are held at a time
 
 
 def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float:
-    """The full rate of a rounding's parameter: its offset, its sparse values, or an end of its ranges."""
+    """The full rate of a rounding's parameter: its offset, its sparse values, ends of its ranges or its steps."""
     if kind == "values":
         return settings.value_rate * float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
     return settings.rate if kind == "offset" else settings.range_rate
@@ -55,7 +56,7 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, head: nn.Module) ->
 def distill(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
-    roundings: Mapping[str, LearnedRounding],
+    roundings: Mapping[str, LearnedRounding | Rescaled],
     samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
     settings: Distillation,
     *,

@@ -8,6 +8,7 @@ import torch
 from requant import api, cli
 from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
+from requant.options import recipe_of
 from requant.recipe import Override, Recipe, load_recipe
 from requant.settings import Calibration
 from requant.stored import open_checkpoint
@@ -184,8 +185,8 @@ def test_an_override_that_matches_nothing_is_refused(tiny, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_options_mean(options, expected):
-    arguments = cli._parser().parse_args(["quantize", "MODEL", "-o", "OUT", *options])
-    assert cli._recipe(arguments) == expected
+    arguments = vars(cli._parser().parse_args(["quantize", "MODEL", "-o", "OUT", *options]))
+    assert recipe_of({name: value for name, value in arguments.items() if value is not None}) == expected
 
 
 def test_the_command_says_what_was_decided(tiny, tmp_path, capsys):

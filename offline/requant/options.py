@@ -1,0 +1,54 @@
+"""Options of the command line over a recipe: what each means, and what follows from it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from requant_kernels.scheme import WeightScheme
+
+from requant.aweq import options as aweq
+from requant.recipe import Recipe, load_recipe, parse_ratio
+from requant.settings import CODEBOOK, TRAINED, Distillation
+
+METHODS = ("requant", "aweq", "rtn")
+BITS = 4  # of a method without --bits
+
+
+def recipe_of(given: Mapping[str, Any]) -> Recipe:
+    """The recipe named, or the preset of the method, with what the other options in ``given`` say otherwise.
+
+    Keys are the names of options; those that were not given are absent. Raises InputError, SchemeError.
+    """
+    method = given.get("method", "requant" if "target_bits" in given else "rtn")
+    bits = given.get("bits", max(2, int(given.get("target_bits", BITS))))
+    preset = (None if method == "requant" else aweq.preset(given)) or _preset(method, bits)
+    recipe = load_recipe(given.get("recipe", preset))
+    base = given.get("base", recipe.base)
+    changes: dict[str, Any] = {"base": base, "weights": _weights(recipe, base, given)}
+    if base in CODEBOOK or (recipe.distillation.rate and base not in TRAINED):
+        changes["distillation"] = Distillation()
+    changes |= {name: parse_ratio(given[name]) for name in ("outliers", "significant") if name in given}
+    if "ignore" in given:
+        changes["ignore"] = (*recipe.ignore, *given["ignore"])
+    changes |= {name: given[name] for name in ("target_bits", "mixed", "seed") if name in given}
+    changes |= aweq.changes(recipe, given)
+    calibration = {name: given[name] for name in ("samples", "seqlen") if name in given}
+    if "calibration" in given:
+        calibration["text"] = given["calibration"]
+    return replace(recipe, calibration=replace(recipe.calibration, **calibration), **changes)
+
+
+def _preset(method: str, bits: int) -> str:
+    if method == "requant":
+        return f"requant-w{min(bits, 4)}"
+    return f"{method}-w4"
+
+
+def _weights(recipe: Recipe, base: str, given: Mapping[str, Any]) -> WeightScheme:
+    """A base with codebooks has no steps, and the other way round."""
+    changes = {name: given[name] for name in ("bits", "group_size", "symmetric") if name in given}
+    codebook = base in CODEBOOK
+    if codebook != recipe.weights.codebook:
+        grid = {"group_size": -1, "symmetric": True} if codebook else {"group_size": 64, "symmetric": False}
+        changes = {**grid, **changes, "codebook": codebook}
+    return replace(recipe.weights, **changes)

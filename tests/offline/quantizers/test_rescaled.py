@@ -1,0 +1,49 @@
+import pytest
+import torch
+from requant.quantizers import rtn
+from requant.quantizers.rescaled import Rescaled
+from requant_kernels.scheme import WeightScheme
+
+
+def rescaled(scheme: WeightScheme, excluded: torch.Tensor | None = None) -> tuple[torch.Tensor, Rescaled]:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    return weight, Rescaled(rtn.quantize(weight, scheme, dtype=torch.bfloat16, excluded=excluded), weight, excluded)
+
+
+@pytest.mark.parametrize("scheme", [WeightScheme(2, 32, False), WeightScheme(3, -1, True)], ids=str)
+def test_it_starts_as_what_it_was_given(scheme: WeightScheme) -> None:
+    weight, rounding = rescaled(scheme)
+    assert torch.equal(rounding.forward(), rtn.quantize(weight, scheme, dtype=torch.bfloat16).dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_what_is_trained_is_what_is_stored(symmetric: bool) -> None:
+    excluded = torch.rand(6, 96, generator=torch.Generator().manual_seed(1)) < 0.05
+    _, rounding = rescaled(WeightScheme(3, 32, symmetric), excluded)
+    codes = rounding.dense.codes.clone()
+    with torch.no_grad():
+        rounding.factor.uniform_(0.5, 1.5)
+        rounding.values.add_(0.01)
+    dense, target = rounding.quantized()
+    assert torch.equal(dense.codes, codes)
+    assert torch.equal(rounding.forward(), torch.where(excluded, target, dense.dequantize()))
+
+
+def test_steps_learn_to_fit() -> None:
+    torch.manual_seed(0)
+    weight, rounding = rescaled(WeightScheme(2, 32, False))
+    optimizer = torch.optim.Adam(rounding.parameters(), lr=0.02)
+    errors = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        error = (rounding() - weight).square().mean()
+        error.backward()
+        optimizer.step()
+        rounding.project()
+        errors.append(float(error.detach()))
+    # the best a fixed set of codes allows, group by group, by least squares
+    zeros = rounding.dense.zero_points[..., None].float()
+    levels = rounding.dense.codes.view(6, 3, 32).float() - zeros
+    best = (levels * weight.view(6, 3, 32)).sum(-1) / levels.square().sum(-1)
+    least = float((levels * best[..., None] - weight.view(6, 3, 32)).square().mean())
+    assert least <= errors[-1] < least + 0.1 * (errors[0] - least)

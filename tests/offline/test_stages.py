@@ -1,0 +1,80 @@
+"""--resume: an interrupted run continues and ends in the same bytes; one of something else is refused by name."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from requant import api, calibrated
+from requant.errors import InputError
+from requant.recipe import Recipe
+from requant.settings import Calibration, Distillation, Selection, Training
+from requant.stages import Stages
+from requant_kernels.scheme import WeightScheme
+
+RECIPE = Recipe(
+    WeightScheme(3, 64, symmetric=False),
+    significant=0.002,
+    calibration=Calibration(samples=4, seqlen=48),
+    selection=Selection(intervals=1),
+    training=Training(steps=3, batch=2),
+)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("base", "target"), [("awq", None), ("learned", None), ("kmeans", 3.8)])
+def test_an_interrupted_run_ends_in_the_same_bytes(base, target, micro_llama, tmp_path, monkeypatch):
+    weights = WeightScheme(3, codebook=True) if base == "kmeans" else RECIPE.weights
+    steps = Distillation(steps=2) if base == "learned" else Distillation()
+    recipe = replace(RECIPE, base=base, weights=weights, target_bits=target, distillation=steps)
+    api.quantize(micro_llama, tmp_path / "whole", recipe)
+    collect, blocks = calibrated.collect, []
+
+    def interrupted(block, *arguments):
+        blocks.append(block)
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        return collect(block, *arguments)
+
+    monkeypatch.setattr(calibrated, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
+    assert not (tmp_path / "out").exists()
+    api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
+    assert len(blocks) == 3 + 2  # of four blocks, the first two were not done again
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("changed", ["recipe", "text"])
+def test_another_run_is_refused_by_name(changed, micro_llama, persuasion, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    recipe = replace(RECIPE, base="gptq", significant=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrated, "collect", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
+    other = replace(recipe, seed=1)
+    if changed == "text":
+        other = replace(recipe, calibration=Calibration(str(persuasion), 4, 48))
+    named = "the calibration text, the recipe" if changed == "text" else "the recipe"
+    with pytest.raises(InputError, match=f"--resume: {named} differ from those of the interrupted run"):
+        api.quantize(micro_llama, tmp_path / "out", other, resume=True)
+    api.quantize(micro_llama, tmp_path / "out", other)  # without the option nothing is in its way
+
+
+def test_a_stage_that_can_not_be_read_is_named(tmp_path):
+    stages = Stages.opened(tmp_path / "kept", {"the model's files": "1"})
+    made = stages.kept("one", lambda: ({"a": torch.arange(3)}, {"n": 1}))
+    again = stages.kept("one", lambda: pytest.fail("it was finished"))
+    assert torch.equal(again[0]["a"], made[0]["a"])
+    assert again[1] == {"n": 1}
+    path = tmp_path / "kept" / "one.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match=r"one\.safetensors: not readable .*; remove it to repeat this stage"):
+        stages.kept("one", lambda: ({}, {}))
