@@ -1,6 +1,5 @@
-"""The sparse product on a CPU, with and without numba, against float64."""
+"""The sparse product on a CPU against float64."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,23 +23,12 @@ def exact(y, x, row_offsets, columns, values) -> torch.Tensor:
     return y.double() + x.double() @ dense.T
 
 
-@pytest.fixture(params=["numba", "torch"], scope="module")
-def way(request):
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "torch":
-            patch.setattr(cpu_sparse, "compiled_row", lambda: None)
-        else:
-            pytest.importorskip("numba", reason="the package numba is not installed")
-        yield
-
-
 @given(
     rows=st.integers(1, 90),
     columns=st.integers(1, 90),
     tokens=st.sampled_from((1, 2, 7)),
     density=st.sampled_from((0.0, 0.02, 0.5, 1.0)),
 )
-@pytest.mark.usefixtures("way")
 def test_sums_are_rounded_once(rows, columns, tokens, density):
     y, *sparse = operands(rows, columns, tokens, density)
     expected = exact(y, *sparse)
@@ -49,7 +37,6 @@ def test_sums_are_rounded_once(rows, columns, tokens, density):
     assert ((y.double() - expected).abs() <= 0.501 * 2**-7 * expected.abs() + 1e-5).all()
 
 
-@pytest.mark.usefixtures("way")
 def test_ties_go_to_even_and_nothing_finite_or_not_is_lost():
     y = torch.tensor([[1.0, 1.0, 1.0, float("inf"), float("nan"), 1.0]], dtype=torch.bfloat16)
     ulp = 2.0**-7

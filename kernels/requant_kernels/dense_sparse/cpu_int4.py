@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from requant_kernels.dense_sparse.cpu_sparse import add_sparse, compiled_row
+from requant_kernels.dense_sparse.cpu_sparse import add_sparse
 from requant_kernels.dense_sparse.int4_panels import (
     GROUP_SIZES,
     ROW_MULTIPLE,
@@ -63,7 +63,6 @@ class CpuInt4(Implementation):
             .contiguous(),
         }
         if weight.sparse is not None and weight.sparse.nnz:
-            compiled_row()
             offsets = weight.sparse.row_offsets
             tensors |= {
                 "sparse_row_offsets": torch.cat((offsets, offsets[-1:].expand(padding))),
