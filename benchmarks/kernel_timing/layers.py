@@ -5,10 +5,11 @@ from functools import partial
 
 import torch
 from requant_kernels import reference
-from requant_kernels.dense_sparse.interface import LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
 from requant_kernels.packing import packed_length
+from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 from requant_kernels.weight import DenseSparseWeight

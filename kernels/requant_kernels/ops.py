@@ -1,12 +1,12 @@
 """The operators that torch.compile and CUDA graphs see as one node each, registered once per process."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from requant_kernels.dense_sparse import dispatch as dense_sparse
-from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.prepared import Prepared, Runs
 from requant_kernels.w8a8 import dispatch as w8a8
 
 _ARGUMENTS = "(Tensor x, Tensor[] weights, Tensor? bias, str implementation, int out_features, int[] meta) -> Tensor"
@@ -27,21 +27,10 @@ def _parts(prepared: Prepared, bias: torch.Tensor | None) -> tuple[Any, ...]:
     return tensors, bias, prepared.implementation, prepared.out_features, meta
 
 
-class _Runs(Protocol):
-    def apply(
-        self,
-        x: torch.Tensor,
-        tensors: list[torch.Tensor],
-        bias: torch.Tensor | None,
-        out_features: int,
-        meta: list[int],
-    ) -> torch.Tensor: ...
-
-
 _Linear = Callable[..., torch.Tensor]
 
 
-def _operator(implementations: Mapping[str, _Runs]) -> _Linear:
+def _operator(implementations: Mapping[str, Runs]) -> _Linear:
     def linear(  # noqa: PLR0917 (the schema is positional)
         x: torch.Tensor,
         weights: list[torch.Tensor],
@@ -72,7 +61,7 @@ def _fake(  # noqa: PLR0917
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _register(name: str, implementations: Mapping[str, _Runs]) -> _Linear:
+def _register(name: str, implementations: Mapping[str, Runs]) -> _Linear:
     """The operator of that ``name`` for torch.compile; without it, the same function: the way through torch's
     dispatcher takes longer than the product of a small layer with one token."""
     linear = _operator(implementations)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from requant_kernels import ops, reference
 from requant_kernels.dense_sparse import cpu_int4, int4_panels
-from requant_kernels.dense_sparse.interface import LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import LayerConfig
+from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.weight import DenseSparseWeight
 

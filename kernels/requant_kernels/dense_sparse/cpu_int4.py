@@ -19,7 +19,8 @@ from requant_kernels.dense_sparse.int4_panels import (
     unavailable,
     unpack_panels,
 )
-from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
+from requant_kernels.prepared import Prepared
 from requant_kernels.weight import DenseSparseWeight
 
 # From here on decoding is amortised: measured on AVX-512 without bf16 arithmetic (benchmarks/cpu_regimes.py).

@@ -2,7 +2,8 @@
 
 import torch
 
-from requant_kernels.dense_sparse.interface import Implementation, LayerConfig, Prepared
+from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
+from requant_kernels.prepared import Prepared
 from requant_kernels.reference import dequantize
 from requant_kernels.weight import DenseSparseWeight
 

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from requant_kernels.prepared import Prepared, Runs
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
@@ -30,22 +31,7 @@ class LayerConfig:
         )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A layer in an implementation's own runtime layout: built at load time, never written to a file.
-
-    ``tensors`` (in this order) and ``meta`` are what the operator passes back to ``apply``.
-    """
-
-    implementation: str
-    out_features: int
-    tensors: dict[str, torch.Tensor]
-    meta: tuple[int, ...] = ()
-
-
-class Implementation(Protocol):
-    name: str
-
+class Implementation(Runs, Protocol):
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         """(True, "") or (False, the reason in words that a user can act on)."""
         ...
@@ -53,18 +39,3 @@ class Implementation(Protocol):
     def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
         """The runtime layout on ``config.device``."""
         ...
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        tensors: list[torch.Tensor],
-        bias: torch.Tensor | None,
-        out_features: int,
-        meta: list[int],
-    ) -> torch.Tensor:
-        """x [M, K] contiguous -> [M, N] of x's dtype. No host synchronisation; branches on shapes only."""
-        ...
-
-    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
-        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach; by default there is nothing."""
-        return None

@@ -4,7 +4,7 @@ from functools import cached_property
 
 import torch
 
-from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.prepared import Prepared
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.products import Product
 from requant_kernels.w8a8.runtime import Runtime

@@ -3,7 +3,7 @@
 import torch
 
 from requant_kernels.choice import first_able
-from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.prepared import Prepared
 from requant_kernels.w8a8.accumulating import Accumulating
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.onednn import OneDnn

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.prepared import Prepared, Runs
 from requant_kernels.scheme import ActivationScheme
 from requant_kernels.w8a8.weight import W8A8Weight
 
@@ -26,9 +26,7 @@ class LayerConfig:
         return cls(weight.scheme.activations, weight.out_features, weight.in_features, dtype, device)
 
 
-class Implementation(Protocol):
-    name: str
-
+class Implementation(Runs, Protocol):
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         """(True, "") or (False, the reason in words that a user can act on)."""
         ...
@@ -36,18 +34,3 @@ class Implementation(Protocol):
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
         """The runtime layout on ``config.device``. The bias correction is left to the caller: a bias like any other."""
         ...
-
-    def apply(
-        self,
-        x: torch.Tensor,
-        tensors: list[torch.Tensor],
-        bias: torch.Tensor | None,
-        out_features: int,
-        meta: list[int],
-    ) -> torch.Tensor:
-        """x [M, K] contiguous -> [M, N] of x's dtype. No device synchronisation; branches on shapes only."""
-        ...
-
-    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
-        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach; by default there is nothing."""
-        return None

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from requant_kernels.dense_sparse.interface import Prepared
+from requant_kernels.prepared import Prepared
 from requant_kernels.w8a8 import saturation
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.runtime import Runtime

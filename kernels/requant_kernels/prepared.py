@@ -1,0 +1,40 @@
+"""What a layer that has been laid out for running is, and what runs it, whichever operation it belongs to."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A layer in an implementation's own runtime layout: built at load time, never written to a file.
+
+    ``tensors`` (in this order) and ``meta`` are what the operator passes back to ``apply``.
+    """
+
+    implementation: str
+    out_features: int
+    tensors: dict[str, torch.Tensor]
+    meta: tuple[int, ...] = ()
+
+
+class Runs(Protocol):
+    """The half of an implementation that works while serving."""
+
+    name: str
+
+    def apply(
+        self,
+        x: torch.Tensor,
+        tensors: list[torch.Tensor],
+        bias: torch.Tensor | None,
+        out_features: int,
+        meta: list[int],
+    ) -> torch.Tensor:
+        """x [M, K] contiguous -> [M, N] of x's dtype. No host synchronisation; branches on shapes only."""
+        ...
+
+    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach; by default there is nothing."""
+        return None
