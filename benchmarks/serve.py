@@ -1,10 +1,11 @@
-"""Served throughput of a quantized checkpoint against its original: same vLLM, same settings, same client, one run.
+"""Served throughput of models against the first of them: same vLLM, same settings, same client, one run.
 
-    python benchmarks/serve.py [CHECKPOINT --against MODEL] [--streams 1,8] [--repetitions 3] [--json FILE] [-- ARGS]
+    python benchmarks/serve.py [MODEL[@DTYPE] ...] [--streams 1,8] [--repetitions 3] [--json FILE] [-- ARGS]
 
-Both servers stand on free loopback ports while vLLM's own client (`vllm bench serve`, random tokens, fixed seed and
-lengths) drives one after the other, in turns, so that whatever else the machine does hits both. ARGS go to both
-servers. Without a checkpoint the demo's is taken, which `make demo` leaves in the folder demo.
+All servers stand on free loopback ports while vLLM's own client (`vllm bench serve`, random tokens, fixed seed and
+lengths) drives one after the other, in turns, so that whatever else the machine does hits all. ARGS go to every server.
+Activations are bfloat16 where no DTYPE is named. Without models the demo's two are taken, which `make demo` leaves in
+the folder demo.
 """
 
 import argparse
@@ -27,9 +28,27 @@ from vllm_requant.server import QUIET_ENVIRONMENT, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "demo" / "SmolLM2-135M-Instruct"
+DEMO_MODELS = (str(DEMO), f"{DEMO}-requant-w4")
 # Nothing may be remembered from one repetition to the next.
-SETTINGS = ("--dtype", "bfloat16", "--max-model-len", "2048", "--no-enable-prefix-caching", "--seed", "0")
+SETTINGS = ("--max-model-len", "2048", "--no-enable-prefix-caching", "--seed", "0")
 SHOWN = {"median_ttft_ms": "first token", "median_itl_ms": "inter-token", "p99_itl_ms": "p99"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A folder and the dtype of activations."""
+
+    path: Path
+    dtype: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Served":
+        path, _, dtype = text.partition("@")
+        return cls(Path(path), dtype or "bfloat16")
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.name}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,10 @@ class Workload:
 
 
 def workloads(streams: list[int]) -> list[Workload]:
-    """Decode-heavy for each number of streams; prefill-heavy, where one prompt at a time fills the machine."""
+    """Decode-heavy and prefill-heavy, each for each number of streams."""
     decode = [Workload("decode", n, 32, 96, 2 * n, "output_throughput") for n in streams]
-    return [*decode, Workload("prefill", 1, 1024, 1, 8, "total_token_throughput")]
+    prefill = [Workload("prefill", n, 1024, 1, max(8, 2 * n), "total_token_throughput") for n in streams]
+    return [*decode, *prefill]
 
 
 def drive(url: str, model: Path, work: Workload, seed: int) -> dict[str, Any]:
@@ -75,35 +95,38 @@ def drive(url: str, model: Path, work: Workload, seed: int) -> dict[str, Any]:
     return result
 
 
-def measure(servers: dict[str, tuple[str, Path]], work: Workload, repetitions: int) -> dict[str, list[dict[str, Any]]]:
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+Runs = dict[Served, list[dict[str, Any]]]  # the client's figures, by repetition
+
+
+def measure(urls: dict[Served, str], work: Workload, repetitions: int) -> Runs:
+    runs: Runs = {served: [] for served in urls}
     for seed in range(repetitions):
-        # the order changes too, so that neither always runs on the warmer machine
-        for name, (url, model) in list(servers.items())[:: 1 if seed % 2 else -1]:
-            runs[name].append(drive(url, model, work, seed))
-            print(f"  {work.name}, {name}: {runs[name][-1][work.throughput]:.1f} tokens/s", flush=True)
+        # the order changes too, so that none always runs on the warmer machine
+        for served, url in list(urls.items())[:: 1 if seed % 2 else -1]:
+            runs[served].append(drive(url, served.path, work, seed))
+            print(f"  {work.name}, {served.name}: {runs[served][-1][work.throughput]:.1f} tokens/s", flush=True)
     return runs
 
 
-def ratio(runs: dict[str, list[dict[str, Any]]], work: Workload) -> dict[str, float]:
-    """Quantized over original, by repetition: median and extremes."""
-    pairs = zip(runs["quantized"], runs["original"], strict=True)
+def ratio(runs: Runs, served: Served, work: Workload) -> dict[str, float]:
+    """Throughput over the first model's, by repetition: median and extremes."""
+    pairs = zip(runs[served], next(iter(runs.values())), strict=True)
     ratios = sorted(ours[work.throughput] / theirs[work.throughput] for ours, theirs in pairs)
     return {"median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
 
 
-def print_table(results: list[tuple[Workload, dict[str, list[dict[str, Any]]]]]) -> None:
-    print(
-        f"\n| {'workload':18} | {'':9} | tokens/s | {' | '.join(f'{t} ms' for t in SHOWN.values())} | ratio (spread) |"
-    )
+def print_table(results: list[tuple[Workload, Runs]]) -> None:
+    times = " | ".join(f"{title} ms" for title in SHOWN.values())
+    print(f"\n| workload | model | tokens/s | {times} | over the first (low-high) |")
     print("|" + "---|" * (4 + len(SHOWN)))
     for work, runs in results:
-        for name, repetitions in runs.items():
-            middle = {key: statistics.median(run[key] for run in repetitions) for key in (work.throughput, *SHOWN)}
-            figures = " | ".join(f"{middle[key]:.1f}" for key in (work.throughput, *SHOWN))
-            found = ratio(runs, work)
+        for served, repetitions in runs.items():
+            middle = [statistics.median(run[key] for run in repetitions) for key in (work.throughput, *SHOWN)]
+            found = ratio(runs, served, work)
             spread = f"**{found['median']:.2f}** ({found['low']:.2f}-{found['high']:.2f})"
-            print(f"| {work.name:18} | {name:9} | {figures} | {spread if name == 'quantized' else ''} |")
+            first = served is next(iter(runs))
+            figures = " | ".join(f"{figure:.1f}" for figure in middle)
+            print(f"| {work.name} | {served.name} | {figures} | {'' if first else spread} |")
 
 
 def environment(arguments: list[str]) -> dict[str, Any]:
@@ -129,34 +152,39 @@ def stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path, default=DEMO.with_name(f"{DEMO.name}-requant-w4"))
-    parser.add_argument("--against", type=Path, default=DEMO, help="the original")
+    parser.add_argument("models", nargs="*", default=DEMO_MODELS, help="folders; the first is what counts as 1")
     parser.add_argument("--streams", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write everything that was measured")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    options, server_arguments = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    options, arguments = parser.parse_args(sys.argv[1:split]), [*SETTINGS, *sys.argv[split + 1 :]]
     signal.signal(signal.SIGTERM, stop)  # so that no server is left behind
-    models = {"original": options.against, "quantized": options.checkpoint}
-    if missing := [path for path in models.values() if not (path / "config.json").exists()]:
-        sys.exit(f"{missing[0]} holds no model: name two folders, or run `make demo` first")
-    arguments = [*SETTINGS, *server_arguments]
+    models = [Served.parse(text) for text in options.models]
+    if missing := [served.path for served in models if not (served.path / "config.json").exists()]:
+        sys.exit(f"{missing[0]} holds no model: name folders, or run `make demo` first")
     results = []
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {}
-        for name, path in models.items():
-            print(f"starting vllm serve {path.name} {' '.join(arguments)}", flush=True)
-            servers[name] = (stack.enter_context(serve(path, *arguments, log=logs / f"{name}.log")), path)
+        urls = {}
+        for number, served in enumerate(models):
+            print(f"starting vllm serve {served.name} {' '.join(arguments)}", flush=True)
+            log = logs / f"{number}.log"
+            urls[served] = stack.enter_context(serve(served.path, "--dtype", served.dtype, *arguments, log=log))
         for work in workloads(options.streams):
-            results.append((work, measure(servers, work, options.repetitions)))
+            results.append((work, measure(urls, work, options.repetitions)))
     print_table(results)
-    ratios: dict[str, dict[str, Any]] = {}
-    for work, runs in results:
-        ratios.setdefault(work.kind, {})[str(work.streams)] = ratio(runs, work)
     if options.json:
-        everything = [{"workload": vars(work), "runs": runs} for work, runs in results]
-        options.json.write_text(json.dumps({"ratios": ratios, **environment(arguments), "results": everything}))
+        everything = [
+            {
+                "workload": vars(work),
+                "model": served.name,
+                "over_first": ratio(runs, served, work),
+                "repetitions": runs[served],
+            }
+            for work, runs in results
+            for served in runs
+        ]
+        options.json.write_text(json.dumps({**environment(arguments), "results": everything}))
 
 
 if __name__ == "__main__":

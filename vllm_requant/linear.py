@@ -71,8 +71,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
         """
         self._finish_loading()
-        # LoRA and others look for a parameter of this name on every layer
-        runtime = {"weight" if name == "operand" else name: one for name, one in self._prepared.tensors.items()}
+        runtime = dict(self._prepared.tensors)
         self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them
         if self._correction is not None:
             runtime["bias_correction"] = self._correction.to(self._device, self._dtype)

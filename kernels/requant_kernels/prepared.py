@@ -10,7 +10,8 @@ import torch
 class Prepared:
     """A layer in an implementation's own runtime layout: built at load time, never written to a file.
 
-    ``tensors`` (in this order) and ``meta`` are what the operator passes back to ``apply``.
+    ``tensors`` (in this order) and ``meta`` are what the operator passes back to ``apply``. The codes are called weight
+    or weight_packed: LoRA looks for one of the two.
     """
 
     implementation: str
@@ -23,6 +24,8 @@ class Runs(Protocol):
     """The half of an implementation that works while serving."""
 
     name: str
+    # Whether torch.compile may look into ``apply``: where it is one registered operator, whatever the shape of x.
+    traceable: bool = False
 
     def apply(
         self,

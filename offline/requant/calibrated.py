@@ -30,6 +30,7 @@ from requant.recipe import Recipe
 from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.quadrature import nodes
+from requant.sensitivity.selection import mask_of
 from requant.settings import DATA_FREE, EQUALIZED, FISHER
 from requant.stages import Result, Stages
 from requant.statistics import InputStatistics, collect
@@ -214,7 +215,7 @@ class CalibratedRun:
             block = _Block(prefix, module, linears, calls.keywords[index])
             original = Side(module, originals, block.keywords)
             originals = steps.equalize(prefix, original)
-            if steps.settles:
+            if self.recipe.settled:
                 rounded = self._rounded(block, inputs, masks, importance)
                 layers = {name: self._stored(name, rounding, masks) for name, rounding in rounded.items()}
                 layers, inputs = steps.settle(prefix, layers, original, originals, inputs)
@@ -350,8 +351,7 @@ class CalibratedRun:
         path.move_to(0.0)
         for name, index in found.indices.items():
             dense, target = made[name]
-            restored = torch.zeros_like(target, dtype=torch.bool)
-            restored.view(-1)[index] = True
+            restored = mask_of(index, target.shape)
             masks[name] = masks[name] | restored if name in masks else restored
             roundings[name] = FixedRounding(dense, torch.where(restored, path.start[name], target), masks[name])
         return found.completeness

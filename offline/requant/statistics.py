@@ -1,6 +1,6 @@
 """What the inputs of linear layers look like: one pass over a block that every calibrated base quantizer shares."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from requant.errors import InputError
-from requant.walk import run_block
+from requant.walk import hooked, run_block
 
 
 @dataclass
@@ -57,7 +57,7 @@ def collect(
     found: dict[str, InputStatistics] = {}
     last: tuple[torch.Tensor, InputStatistics] | None = None
 
-    def note(name: str, linear: nn.Linear) -> Any:
+    def note(name: str, linear: nn.Linear) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
             nonlocal last
             if last is not None and last[0] is args[0] and found.get(name, last[1]) is last[1]:
@@ -70,13 +70,9 @@ def collect(
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(note(name, linear)) for name, linear in linears.items()]
-    try:
+    with hooked({linear: note(name, linear) for name, linear in linears.items()}):
         for hidden in inputs:
             run_block(block, hidden, keywords)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name in linears:
         if name not in found or not found[name].count:
             raise InputError(f"{name}: no calibration token reaches this layer; calibrate on more, or other, text")

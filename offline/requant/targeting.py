@@ -8,7 +8,7 @@ from requant_kernels.scheme import BITS, GROUP_SIZES, LayerScheme, SparseScheme,
 
 from requant.budget import Candidate, Losses, choose, entry_bits, fixed_bits
 from requant.sensitivity.measure import Measurement
-from requant.sensitivity.selection import top_k
+from requant.sensitivity.selection import mask_of, top_k
 
 Rounder = Callable[[torch.Tensor, WeightScheme], torch.Tensor]
 Unit = Sequence[str]  # names of matrices that share a scheme
@@ -61,7 +61,7 @@ def fit(
     for name, scheme in schemes.items():
         measurement.path.end[name].copy_(settled(measurement.path.start[name], scheme.weights))
     chosen = top_k(lambda: ((name, measurement.score(name)) for name in sparse), choice.entries)
-    return Fitted(schemes, {name: _mask(shapes[name], index) for name, index in chosen.items()})
+    return Fitted(schemes, {name: mask_of(index, shapes[name]) for name, index in chosen.items()})
 
 
 def _grids(widths: Sequence[int], like: WeightScheme) -> Iterator[WeightScheme]:
@@ -73,9 +73,3 @@ def _grids(widths: Sequence[int], like: WeightScheme) -> Iterator[WeightScheme]:
         for size in GROUP_SIZES:
             if size == -1 or all(width % size == 0 for width in widths):
                 yield WeightScheme(bits, size, like.symmetric)
-
-
-def _mask(shape: tuple[int, int], index: torch.Tensor) -> torch.Tensor:
-    mask = torch.zeros(shape, dtype=torch.bool)
-    mask.view(-1)[index] = True
-    return mask

@@ -1,6 +1,7 @@
 """Running a model block by block, so that calibration never needs more than one block at work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,24 @@ class BlockCalls:
     keywords: list[dict[str, Any]]
 
 
-class _Stop(Exception):
-    pass
+class Stop(Exception):
+    """A hook raises it where the rest of a run is of no use."""
+
+
+@contextmanager
+def hooked(
+    hooks: Mapping[nn.Module, Callable[..., Any]], *, first: bool = False, keywords: bool = False
+) -> Iterator[None]:
+    """Inside, each module runs its forward pre-hook; ``first``: before any that is there already; ``keywords``: hooks
+    take keyword arguments as well."""
+    handles = [
+        module.register_forward_pre_hook(hook, prepend=first, with_kwargs=keywords) for module, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
@@ -28,7 +45,7 @@ def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], samples: Se
     keywords, and for each sample a run that ends at the first block."""
     calls = BlockCalls([], [{} for _ in blocks])
 
-    def note_keywords(index: int) -> Any:
+    def note_keywords(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             calls.keywords[index].update({k: v for k, v in keywords.items() if k != "hidden_states"})
 
@@ -36,27 +53,18 @@ def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], samples: Se
 
     def note_hidden(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         calls.hidden.append(args[0] if args else keywords["hidden_states"])
-        raise _Stop
+        raise Stop
 
-    handles = [block.register_forward_pre_hook(note_keywords(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
+    with hooked({block: note_keywords(index) for index, block in enumerate(blocks)}, keywords=True):
         model(input_ids=samples[0], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    handle = blocks[0].register_forward_pre_hook(note_hidden, with_kwargs=True)
-    try:
+    with hooked({blocks[0]: note_hidden}, keywords=True):
         for sample in samples:
-            try:
+            with suppress(Stop):
                 model(input_ids=sample, use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        handle.remove()
     return calls
 
 
-def run_block(block: nn.Module, hidden: torch.Tensor, keywords: dict[str, Any]) -> torch.Tensor:
+def run_block(block: nn.Module, hidden: torch.Tensor, keywords: Mapping[str, Any]) -> torch.Tensor:
     """hidden [B, T, C] -> [B, T, C], as the model would."""
     output = block(hidden, **keywords)
     return output if isinstance(output, torch.Tensor) else output[0]

@@ -1,9 +1,12 @@
-"""The packed 4-bit path on a CPU: its layout is what we believe, both regimes say the same, memory stays small."""
+"""The packed 4-bit path on a CPU, from torch's operators and in C++: its layout is what we believe, both regimes say
+the same, memory stays small."""
 
 import pytest
 import torch
-from requant_kernels import ops, reference
-from requant_kernels.dense_sparse import cpu_int4, int4_panels
+from hypothesis import given
+from hypothesis import strategies as st
+from requant_kernels import native, ops, reference
+from requant_kernels.dense_sparse import cpu_int4, cpu_int4_native, int4_panels
 from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
@@ -16,11 +19,21 @@ pytestmark = pytest.mark.skipif(bool(int4_panels.unavailable()), reason=int4_pan
 SHAPE = (200, 256)
 
 
-def prepare(weight: DenseSparseWeight) -> Prepared:
+BUILT = {cpu_int4: cpu_int4.CpuInt4(), cpu_int4_native: cpu_int4_native.CpuInt4Native()}
+
+
+@pytest.fixture(params=BUILT, ids=lambda module: BUILT[module].name)
+def module(request):
+    """Where an implementation and its settings are."""
+    if request.param is cpu_int4_native and cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+    return request.param
+
+
+def prepare(module, weight: DenseSparseWeight) -> Prepared:
     config = LayerConfig.of(weight, torch.bfloat16, torch.device("cpu"))
-    implementation = cpu_int4.CpuInt4()
-    assert implementation.can_implement(config) == (True, "")
-    return implementation.prepare(weight, config)
+    assert BUILT[module].can_implement(config) == (True, "")
+    return BUILT[module].prepare(weight, config)
 
 
 def scheme(bits: int, group_size: int, symmetric: bool) -> LayerScheme:
@@ -30,29 +43,29 @@ def scheme(bits: int, group_size: int, symmetric: bool) -> LayerScheme:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_both_regimes_decode_what_the_reference_does(bits, group_size, symmetric, monkeypatch):
+def test_every_regime_decodes_what_the_reference_does(module, bits, group_size, symmetric):
     weight = random_weight(scheme(bits, group_size, symmetric), SHAPE)
-    prepared = prepare(weight)
+    prepared = prepare(module, weight)
     unit = torch.eye(SHAPE[1], dtype=torch.bfloat16)
     expected = reference.dequantize(weight).T
     # Off the grid of bf16 only by its own rounding, and by that of the 4-bit zero term.
     tolerance = {"rtol": 2**-7, "atol": 2**-7 * float(weight.scale.max()) * 8}
-    for regime in (1, 1 << 30):
-        monkeypatch.setattr(cpu_int4, "MANY_TOKENS", regime)
-        torch.testing.assert_close(ops.dense_sparse_linear(unit, prepared).float(), expected, **tolerance)
+    for tokens in (1, 7, 16, SHAPE[1]):
+        y = torch.cat([ops.dense_sparse_linear(part, prepared) for part in unit.split(tokens)])
+        torch.testing.assert_close(y.float(), expected, **tolerance)
 
 
 @pytest.mark.parametrize("bits", [2, 3], ids=lambda bits: f"{bits} bit")
-def test_narrow_codes_lose_nothing_in_the_4_bit_grid(bits):
+def test_narrow_codes_lose_nothing_in_the_4_bit_grid(module, bits):
     weight = random_weight(LayerScheme(WeightScheme(bits, 64, symmetric=False)), SHAPE)
-    y = ops.dense_sparse_linear(torch.eye(SHAPE[1], dtype=torch.bfloat16), prepare(weight))
+    y = ops.dense_sparse_linear(torch.eye(SHAPE[1], dtype=torch.bfloat16), prepare(module, weight))
     assert torch.equal(y, reference.dequantize(weight).T.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("block", [1, 256 * 64 * 2, 1 << 30], ids=["one panel", "two panels", "everything"])
 def test_the_size_of_the_decoded_block_changes_nothing(block, monkeypatch):
     weight = random_weight(scheme(4, 64, False), SHAPE)
-    x, prepared = torch.randn(100, SHAPE[1]).to(torch.bfloat16), prepare(weight)
+    x, prepared = torch.randn(100, SHAPE[1]).to(torch.bfloat16), prepare(cpu_int4, weight)
     usual = ops.dense_sparse_linear(x, prepared)
     monkeypatch.setattr(cpu_int4, "BLOCK_ELEMENTS", block)
     torch.testing.assert_close(ops.dense_sparse_linear(x, prepared), usual, rtol=2**-7, atol=1e-2)
@@ -60,15 +73,77 @@ def test_the_size_of_the_decoded_block_changes_nothing(block, monkeypatch):
 
 def test_an_unknown_layout_is_left_to_the_operator():
     weight = random_weight(scheme(4, 64, True), SHAPE)
-    known = prepare(weight)
+    known = prepare(cpu_int4, weight)
     unknown = Prepared(known.implementation, known.out_features, known.tensors, meta=(known.meta[0], 0))
     x = torch.randn(100, SHAPE[1]).to(torch.bfloat16)
     y, expected = (ops.dense_sparse_linear(x, one) for one in (unknown, known))
     torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-8 * float(expected.abs().max()))
 
 
-def test_the_packed_layer_takes_little_more_than_its_bits():
+def test_the_packed_layer_takes_little_more_than_its_bits(module):
     weight = random_weight(scheme(4, 64, False), (1024, 1024), density=0.005)
-    stored = sum(t.numel() * t.element_size() for t in prepare(weight).tensors.values()) * 8 / 1024**2
+    stored = sum(t.numel() * t.element_size() for t in prepare(module, weight).tensors.values()) * 8 / 1024**2
     # 4 bit of codes, 32 bit a group of scale and zero, 96 bit an entry
     assert stored < 4 + 32 / 64 + 96 * 0.005 + 0.1
+
+
+@given(
+    rows=st.integers(1, 150),
+    groups=st.integers(1, 3),
+    tokens=st.integers(1, 70),
+    density=st.sampled_from((0.0, 0.003, 0.1, 1.0)),
+    biased=st.booleans(),
+)
+def test_in_one_operator_or_in_many_it_is_the_same(rows, groups, tokens, density, biased):
+    if cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+    weight = random_weight(scheme(4, 64, False), (rows, 64 * groups), density=density, seed=rows + tokens)
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 64 * groups, generator=generator).bfloat16()
+    bias = torch.randn(rows, generator=generator).bfloat16() if biased else None
+    native, many = (ops.dense_sparse_linear(x, prepare(module, weight), bias) for module in (cpu_int4_native, cpu_int4))
+    size = x.float().abs() @ reference.dequantize(weight).abs().T
+    assert ((native.float() - many.float()).abs() <= 2**-7 * size + 2**-7 * many.float().abs() + 1e-6).all()
+
+
+def test_the_compiler_sees_one_operator_for_every_number_of_tokens():
+    if cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+    weight = random_weight(scheme(4, 64, False), SHAPE)
+    prepared = prepare(cpu_int4_native, weight)
+    compiled = torch.compile(
+        lambda x: ops.dense_sparse_linear(x, prepared), fullgraph=True, dynamic=True, backend="eager"
+    )
+    for tokens in (2, 9, 100):
+        x = torch.randn(tokens, SHAPE[1]).to(torch.bfloat16)
+        assert torch.equal(compiled(x), ops.dense_sparse_linear(x, prepared))
+
+
+def test_the_operator_is_what_torch_expects():
+    if cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+    prepared = prepare(cpu_int4_native, random_weight(scheme(4, 64, False), SHAPE))
+    x, tensors = torch.randn(3, SHAPE[1]).to(torch.bfloat16), list(prepared.tensors.values())
+    arguments = (x, tensors, None, SHAPE[0], *prepared.meta)
+    torch.library.opcheck(torch.ops.requant.cpu_int4_linear.default, arguments)
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
+    native.load.cache_clear()
+    assert "no compiler" in native.load(cpu_int4_native.SOURCE)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    native.load.cache_clear()
+    assert native.load(cpu_int4_native.SOURCE) == "needs a C++ compiler, and there is none on the PATH"
+    native.load.cache_clear()
+
+
+def test_a_source_that_does_not_compile_names_the_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "broken.cpp"
+    source.write_text("int f() { return x; }")
+    assert "fails on broken.cpp" in native.load(source)
+    assert "error" in native.load(source)
+    assert not list((tmp_path / "vllm-requant").iterdir())

@@ -23,7 +23,7 @@ from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
 from requant_kernels.prepared import Prepared
 from requant_kernels.weight import DenseSparseWeight
 
-# From here on decoding is amortised: measured on AVX-512 without bf16 arithmetic (benchmarks/cpu_regimes.py).
+# From here on decoding is amortised: measured on AVX-512 without bf16 arithmetic.
 MANY_TOKENS = 64
 # Numbers in the decoded block: 2 MiB of fp32, which stays in the second-level cache.
 BLOCK_ELEMENTS = 1 << 19

@@ -4,13 +4,16 @@ import torch
 
 from requant_kernels.choice import first_able
 from requant_kernels.dense_sparse.cpu_int4 import CpuInt4
+from requant_kernels.dense_sparse.cpu_int4_native import CpuInt4Native
 from requant_kernels.dense_sparse.dequantized import Dequantized
 from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
 from requant_kernels.dense_sparse.triton import IMPLEMENTATION as TRITON
 from requant_kernels.prepared import Prepared
 from requant_kernels.weight import DenseSparseWeight
 
-IMPLEMENTATIONS: dict[str, Implementation] = {one.name: one for one in (TRITON, CpuInt4(), Dequantized())}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    one.name: one for one in (TRITON, CpuInt4Native(), CpuInt4(), Dequantized())
+}
 
 
 def choose(config: LayerConfig) -> Implementation:

@@ -27,7 +27,7 @@ class Accumulating(Implementation):
         return self._product.unavailable()
 
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
-        """operand: what the product makes of the codes."""
+        """weight: what the product makes of the codes."""
         there = weight.to(config.device)
         runtime = Runtime.of(there, self._product.pack(there.codes), there.scale.float())
         tensors, meta = runtime.store()
@@ -43,7 +43,7 @@ class Accumulating(Implementation):
     ) -> torch.Tensor:
         layer = Runtime.load(tensors, meta)
         codes, scale, zero_point = layer.round(x)
-        sums = self._product.multiply(codes, layer.operand)
+        sums = self._product.multiply(codes, layer.weight)
         if not layer.scheme.symmetric:
             sums = sums - zero_point * layer.weight_sums
         y = sums * scale * layer.weight_scale

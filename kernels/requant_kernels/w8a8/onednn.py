@@ -54,7 +54,7 @@ class OneDnn(Implementation):
         out = x.new_empty(x.shape[0], out_features)
         if bias is not None:
             bias = bias.to(x.dtype)  # the operator reads it as that, whatever it is
-        torch.ops._C.onednn_scaled_mm(out, codes, scale, zero, sums, bias, layer.operand)
+        torch.ops._C.onednn_scaled_mm(out, codes, scale, zero, sums, bias, layer.weight)
         return out
 
 

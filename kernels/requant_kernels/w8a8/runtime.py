@@ -11,26 +11,26 @@ from requant_kernels.w8a8.weight import W8A8Weight
 
 
 class Runtime(NamedTuple):
-    """operand: the codes in an implementation's own form; weight_scale fp32 and weight_sums (of the codes of each row)
+    """weight: the codes in an implementation's own form; weight_scale fp32 and weight_sums (of the codes of each row)
     int32 [N]; input_scale fp32 [1] and input_zero_point int32 [1] where the scheme stores them."""
 
     scheme: ActivationScheme
-    operand: torch.Tensor
+    weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_sums: torch.Tensor
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, weight: W8A8Weight, operand: torch.Tensor, weight_scale: torch.Tensor) -> Self:
-        assert weight.scheme.activations is not None
-        zero_point = weight.input_zero_point
+    def of(cls, stored: W8A8Weight, weight: torch.Tensor, weight_scale: torch.Tensor) -> Self:
+        assert stored.scheme.activations is not None
+        zero_point = stored.input_zero_point
         return cls(
-            weight.scheme.activations,
-            operand,
+            stored.scheme.activations,
+            weight,
             weight_scale,
-            weight.codes.sum(1, dtype=torch.int32),
-            None if weight.input_scale is None else weight.input_scale.float(),
+            stored.codes.sum(1, dtype=torch.int32),
+            None if stored.input_scale is None else stored.input_scale.float(),
             None if zero_point is None else zero_point.to(torch.int32),
         )
 

@@ -31,11 +31,6 @@ class Steps:
     alphas: dict[str, float | None] = field(default_factory=dict)
     notes: dict[str, Note] = field(default_factory=dict)
 
-    @property
-    def settles(self) -> bool:
-        """Whether any layer has its input rounded or its bias corrected."""
-        return any(scheme.activations or scheme.bias_correction for scheme in self.schemes.values())
-
     def equalize(self, prefix: str, original: Side) -> list[torch.Tensor]:
         """Rewrites the block, which stays the same function, where the recipe wants it; returns what leaves it."""
         if not self.recipe.equalization.wanted:

@@ -11,11 +11,10 @@ from torch import nn
 
 from requant.aweq.error import token_weights, weighted_error
 from requant.aweq.installed import RoundInput
-from requant.aweq.observe import hooked
 from requant.aweq.settings import RangeMethod
 from requant.aweq.static_range import static_range
 from requant.quantizers import rtn
-from requant.walk import run_block
+from requant.walk import hooked, run_block
 
 TOKENS = 512  # on which choices are compared: the order of errors is plain long before more tokens
 
@@ -53,8 +52,8 @@ class Trial:
 
     def _outputs(self, inputs: Mapping[str, InputRounding]) -> Iterator[torch.Tensor]:
         for hidden, weights in zip(self.hidden, self.weights, strict=True):
-            with hooked(self.block, {name: rounding(weights) for name, rounding in inputs.items()}):
-                yield run_block(self.block, hidden, dict(self.keywords))
+            with hooked({self.block.get_submodule(name): rounding(weights) for name, rounding in inputs.items()}):
+                yield run_block(self.block, hidden, self.keywords)
 
 
 @contextmanager

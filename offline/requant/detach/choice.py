@@ -1,7 +1,7 @@
 """Which entries of a whole model go to the sparse part, before anything is quantized for good.
 
 The order is ours: a base whose errors compensate each other is only disturbed by entries that are restored afterwards.
-So they are chosen first, on round-to-nearest weights, and the base then quantizes around them.
+So they are chosen first, under a simple rounding on searched ranges, and the base then quantizes around them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from requant.detach import outliers, significant
 from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
+from requant.sensitivity.selection import mask_of
 from requant.settings import Selection
 
 HELD_OUT = 4  # one in so many samples judges the exponents of Algorithm 1
@@ -58,7 +59,7 @@ def choose(
         )
         integrals = found.completeness
         for name, index in found.indices.items():
-            masks[name].view(-1)[index] = True
+            masks[name] |= mask_of(index, masks[name].shape)
     path.move_to(0.0)
     return masks, integrals
 

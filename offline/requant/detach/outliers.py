@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from requant.sensitivity.selection import top_k
+from requant.sensitivity.selection import mask_of, top_k
 
 EXPONENTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 MOST = 0.05  # of one matrix: keeps a single layer from taking the whole budget
@@ -43,10 +43,7 @@ def beyond_quartiles(weights: Weights, ratio: float) -> Masks:
         return torch.maximum(low - weight, weight - high) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
     chosen = top_k(lambda: ((name, excess(weight.float())) for name, weight in weights.items()), round(ratio * total))
-    found = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
-    for name, index in chosen.items():
-        found[name].view(-1)[index] = True
-    return found
+    return {name: mask_of(index, weights[name].shape) for name, index in chosen.items()}
 
 
 def ratios(means: Mapping[str, float], sizes: Mapping[str, int], budget: float, exponent: float) -> dict[str, float]:

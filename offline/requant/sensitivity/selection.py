@@ -1,6 +1,6 @@
 """The k largest scores over many matrices without holding, or sorting, more than one matrix at a time."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -35,6 +35,13 @@ def top_k(scores: Scores, k: int) -> dict[str, torch.Tensor]:
         ties -= len(equal)
         chosen[name] = torch.cat([(keys > threshold).nonzero().flatten(), equal]).sort().values
     return chosen
+
+
+def mask_of(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """bool of ``shape``, set at the flat indices int64 [k]."""
+    mask = torch.zeros(tuple(shape), dtype=torch.bool, device=index.device)
+    mask.view(-1)[index] = True
+    return mask
 
 
 def _high_counts(scores: Scores) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Triton(Implementation):
         return gpu.able(config.device)
 
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
-        """operand: the codes int8 [N, K] as they are stored."""
+        """weight: the codes int8 [N, K] as they are stored."""
         there = weight.to(config.device)
         tensors, meta = Runtime.of(there, there.codes.contiguous(), there.scale.float()).store()
         return Prepared(self.name, weight.out_features, tensors, meta)
@@ -47,7 +47,7 @@ class Triton(Implementation):
         return self._table or table_of(device)
 
     def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
-        rows, columns = prepared.tensors["operand"].shape
+        rows, columns = prepared.tensors["weight"].shape
         regimes = self._table_of(device).regimes(rows, columns)
         like = torch.empty(0, dtype=dtype, device=device)
         self._warm_up.run(self, prepared, columns, regimes=regimes, like=like, limit=limit)

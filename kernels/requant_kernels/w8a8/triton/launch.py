@@ -16,7 +16,7 @@ REDUCE_ROWS = 256
 
 
 def run(x: torch.Tensor, layer: Runtime, bias: torch.Tensor | None, table: Table) -> torch.Tensor:
-    """x [M, K] contiguous and 16-byte aligned -> y [M, N] of x's dtype; ``layer.operand`` is the weight int8 [N, K]."""
+    """x [M, K] contiguous and 16-byte aligned -> y [M, N] of x's dtype; ``layer.weight`` is the weight int8 [N, K]."""
     return _Call(x, layer, bias, table).run()
 
 
@@ -29,7 +29,7 @@ class _Call:
 
     def run(self) -> torch.Tensor:
         tokens, columns = self.x.shape
-        rows = self.layer.operand.shape[0]
+        rows = self.layer.weight.shape[0]
         tile = self.table.tile(tokens)
         splits = tile.splits(tokens, rows, columns)
         steps = self.x.new_empty(tokens, dtype=torch.float32), self.x.new_empty(tokens, dtype=torch.int32)
@@ -52,7 +52,7 @@ class _Call:
             "num_stages": tile.stages,
         }
         row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-        weight = self.layer.operand
+        weight = self.layer.weight
         if tile.kernel == "fused":
             constants["DYNAMIC"] = self.layer.scheme.dynamic
             fused_kernel[(row_tiles, splits)](

@@ -1,0 +1,72 @@
+"""C++ operators for CPUs: compiled once on the machine where they run, by its own compiler, as inductor does it."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+_TORCH = Path(torch.__file__).parent
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+
+
+@cache
+def load(source: Path) -> str:
+    """Makes the operators of the C++ file ``source`` known to torch; returns why that is impossible, or nothing."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        return "needs a C++ compiler, and there is none on the PATH"
+    library = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
+    try:
+        if not library.exists():
+            _compile(compiler, source, library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except subprocess.CalledProcessError as error:
+        first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[-200:])
+        return f"{compiler} fails on {source.name} ({first})"
+    except OSError as error:
+        return f"{library}: {error}"
+    return ""
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-requant"
+
+
+def _key(source: Path, compiler: str) -> str:
+    """Of all that decides whether a compiled library fits: source, flags, compiler, torch, and the processor."""
+    cpu = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    )
+    parts = (
+        source.read_bytes(),
+        " ".join(_FLAGS).encode(),
+        compiler.encode(),
+        torch.__version__.encode(),
+        flags.encode(),
+    )
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """Appears complete or not at all; two processes may do the same work, which hurts neither."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    _LOG.info("compiling %s, once for this machine (some 20 seconds)", source.name)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        includes = [f"-I{_TORCH / 'include'}", f"-I{_TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+        linked = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]  # loaded already, so no search path is needed
+        command = [compiler, *_FLAGS, abi, *includes, str(source), "-o", str(made), *linked]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(made, library)
+    _LOG.info("compiled %s in %.0f s", source.name, time.monotonic() - started)
