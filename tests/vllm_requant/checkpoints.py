@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
-from requant_kernels.reference import dequantize
+from requant_kernels.layer import layer_from_tensors
+from requant_kernels.reference import dequantize, linear
 from requant_kernels.scheme import CheckpointScheme
-from requant_kernels.weight import DenseSparseWeight
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.kernels.strategies import random_weight
+from tests.kernels.strategies import random_w8a8, random_weight
 
 # Six heads of 32: two and three ranks divide them, and cut groups of 64 and 128 columns in the middle.
 _SIZES = {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 6, "vocab_size": 384}
@@ -57,7 +58,11 @@ def quantize(source: Path, out: Path, scheme: CheckpointScheme) -> Path:
         if "layers" not in name or tensor.dim() != 2 or layer is None:
             tensors[name] = tensor
             continue
-        weight = random_weight(layer, tuple(tensor.shape), dtype=torch.bfloat16, seed=seed)
+        shape = tuple(tensor.shape)
+        if layer.activations:
+            weight = random_w8a8(layer.activations, shape, bias_correction=layer.bias_correction, seed=seed)
+        else:
+            weight = random_weight(layer, shape, dtype=torch.bfloat16, seed=seed)
         for part, value in weight.to_tensors().items():
             shrinks = part in ("weight_scale", "weight_codebook", "sparse_values", "bias_correction")
             tensors[name.removesuffix("weight") + part] = value / 16 if shrinks else value
@@ -69,7 +74,8 @@ def quantize(source: Path, out: Path, scheme: CheckpointScheme) -> Path:
 
 
 def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
-    """The ordinary float32 model that ``checkpoint`` stands for, by the reference; written to ``folder`` on the way."""
+    """The float32 model that ``checkpoint`` stands for, its layers computed by the reference; ``folder`` holds it
+    meanwhile."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((checkpoint / "config.json").read_text())
     scheme = CheckpointScheme.from_dict(config.pop("quantization_config"))
@@ -80,21 +86,15 @@ def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
             tensors[name] = tensor.float()
         else:
             layers.setdefault(layer, {})[part] = tensor
-    weights = {
-        name: DenseSparseWeight.from_tensors(scheme.for_layer(name), parts, name) for name, parts in layers.items()
-    }
+    weights = {name: layer_from_tensors(scheme.for_layer(name), parts, name) for name, parts in layers.items()}
     tensors |= {f"{name}.weight": dequantize(weight) for name, weight in weights.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, weight in weights.items():
-        if weight.bias_correction is not None:
-            _add_to_output(model.get_submodule(name), weight.bias_correction.float())
+        module = model.get_submodule(name)
+        module.forward = partial(linear, weight=weight, bias=module.bias)
     return model
-
-
-def _add_to_output(module: torch.nn.Module, vector: torch.Tensor) -> None:
-    module.register_forward_hook(lambda module, inputs, output: output + vector)
 
 
 def edit(checkpoint: Path, out: Path, change) -> Path:

@@ -6,13 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from requant_kernels.dense_sparse import int4_panels
-from requant_kernels.scheme import CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.scheme import (
+    W8A8_WEIGHTS,
+    ActivationScheme,
+    CheckpointScheme,
+    LayerScheme,
+    SparseScheme,
+    WeightScheme,
+)
 
 from tests.vllm_requant.checkpoints import CONFIGS, decoded, edit, quantize, random_model
 from tests.vllm_requant.engine import run_jobs
 
 pytestmark = pytest.mark.server
 
+# A difference in the last bit of an input can make its code another one.
+ROUNDED = 0.02
 PROMPTS = [[5 + 7 * i % 300 for i in range(20)], [3, 1, 4, 1, 5, 9, 2, 6]]
 
 
@@ -35,6 +44,24 @@ MIXED = CheckpointScheme(
 )
 
 
+def int8(*, dynamic: bool, symmetric: bool = True, **more) -> LayerScheme:
+    return LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic, symmetric), **more)
+
+
+# Layers whose input every rank sees whole find its step while serving; of those that see a part of it, the step is in
+# the file, so that all ranks round alike. One layer of 4 bit among them.
+W8A8 = CheckpointScheme(
+    int8(dynamic=True),
+    overrides={
+        r".*layers\.0\..*(o_proj|down_proj)": int8(dynamic=False),
+        r".*layers\.1\..*o_proj": int8(dynamic=False, symmetric=False, bias_correction=True),
+        r".*layers\.1\..*(gate_proj|up_proj)": int8(dynamic=True, symmetric=False),
+        r".*layers\.1\..*down_proj": layer(4, 64),
+    },
+    ignore=("lm_head",),
+)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("models")
@@ -51,9 +78,14 @@ def uniform(folder, mixed) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder, mixed, uniform) -> dict[str, list[torch.Tensor]]:
+def w8a8(folder, mixed) -> Path:
+    return quantize(folder / "llama", folder / "llama-w8a8", W8A8)
+
+
+@pytest.fixture(scope="module")
+def expected(folder, mixed, uniform, w8a8) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
-    checkpoints = mixed | {"uniform": uniform}
+    checkpoints = mixed | {"uniform": uniform, "w8a8": w8a8}
     return {name: _logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
 
 
@@ -100,11 +132,12 @@ TAMPERED = {
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder, mixed, uniform) -> dict[str, dict]:
+def one_rank(folder, mixed, uniform, w8a8) -> dict[str, dict]:
     common = {"enforce_eager": True, "prompts": PROMPTS}
     jobs = {kind: common | {"model": path, "dtype": "float32"} for kind, path in mixed.items()}
     jobs["bfloat16"] = common | {"model": uniform, "dtype": "bfloat16"}
     jobs["by flag"] = common | {"model": uniform, "dtype": "float32", "quantization": "requant"}
+    jobs["w8a8"] = common | {"model": w8a8, "dtype": "float32"}
     jobs["dummy"] = common | {"model": mixed["llama"], "dtype": "bfloat16", "load_format": "dummy"}
     for name, (change, _) in TAMPERED.items():
         bad = edit(uniform, folder / f"tampered {name}", change)
@@ -127,6 +160,10 @@ def test_bfloat16_is_close_and_stays_packed(one_rank, expected, folder):
         assert "with torch.bfloat16 on cpu run as cpu_int4" in (folder / "one rank" / "log").read_text()
 
 
+def test_int8_layers_of_every_kind_beside_4_bit_ones(one_rank, expected):
+    assert_equal(one_rank["w8a8"], expected["w8a8"], atol=ROUNDED)
+
+
 def test_dummy_weights_are_served(one_rank):
     assert all(torch.isfinite(logprobs).all() for logprobs in one_rank["dummy"]["logprobs"])
 
@@ -140,19 +177,24 @@ def test_a_tampered_checkpoint_is_refused_by_name(name, one_rank):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder, mixed) -> dict[int, dict]:
+def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
     common = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS}
     jobs = [
         common | {"model": mixed["llama"], "tensor_parallel_size": 2},
         # one key/value head, which all three need
         common | {"model": mixed["qwen2"], "tensor_parallel_size": 3},
+        common | {"model": w8a8, "tensor_parallel_size": 2},
     ]
-    return dict(zip((2, 3), run_jobs(jobs, folder / "ranks"), strict=True))
+    return dict(zip((2, 3, "w8a8"), run_jobs(jobs, folder / "ranks"), strict=True))
 
 
 @pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2")])
 def test_several_ranks_say_what_one_says(size, kind, ranks, one_rank):
     assert_equal(ranks[size], one_rank[kind]["logprobs"], atol=1e-5)
+
+
+def test_int8_layers_on_two_ranks(ranks, one_rank):
+    assert_equal(ranks["w8a8"], one_rank["w8a8"]["logprobs"], atol=ROUNDED)
 
 
 def test_the_compiled_model_says_what_the_eager_one_says(uniform, one_rank, folder):
