@@ -1,6 +1,7 @@
 """Progress on stderr: a bar on a terminal, a plain line every tenth of the way otherwise."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -14,9 +15,15 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=label, file=sys.stderr)
         return
-    reported = 0
+    reported, started = 0, time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         if done == total or 10 * done // total > reported:
             reported = 10 * done // total
-            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+            left = (time.monotonic() - started) * (total - done) / done
+            say(f"{label}: {done}/{total}" + (f", {left:.0f} s left" if left >= 1 else ""))
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, file=sys.stderr, flush=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from requant.progress import track
+from requant.progress import say, track
+from requant.sensitivity.estimate import estimate
 from requant.sensitivity.store import TensorStore
 from requant.sensitivity.streaming import streamed_gradients
 
@@ -87,6 +88,9 @@ class Path:
         mean, square = self._accumulator(stores), self._accumulator(stores) if second_moment else TensorStore()
         part = self._accumulator(stores) if second_moment else mean
         scale = 1.0 if second_moment else 1 / len(samples)
+        passes, accumulators = len(samples) * len(points), {id(store): store for store in (mean, square, part)}.values()
+        cost = estimate(lambda: self.loss(samples[0]), self.blocks, passes, accumulators)
+        say(f"path integral: {passes} passes, {cost}")
         groups = [[sample] for sample in samples] if second_moment else [samples]
         steps = [(group, t, weight) for group in groups for t, weight in points]
         for done, (group, t, weight) in track(enumerate(steps, start=1), len(steps), "path integral"):

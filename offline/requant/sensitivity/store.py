@@ -26,6 +26,15 @@ class TensorStore(Mapping[str, torch.Tensor]):
         self._tensors[name] = tensor
         return tensor
 
+    @property
+    def mapped(self) -> bool:
+        """Whether the tensors lie on disk."""
+        return self._folder is not None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
