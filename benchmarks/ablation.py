@@ -21,7 +21,8 @@ from requant.recipe import Recipe
 from requant.settings import BASES, CODEBOOK, SENSITIVITIES, Calibration, Selection
 from requant_kernels.scheme import WeightScheme
 
-from benchmarks.quality.jobs import Job, Protocol, Row, markdown, run
+from benchmarks.quality import arguments as arguments_of
+from benchmarks.quality.jobs import Job, Row, markdown, run
 
 OUTLIERS, SIGNIFICANT = 0.0045, 0.0005
 SEEDS = (0, 1, 2)
@@ -51,23 +52,14 @@ def variants(plain: Recipe) -> Iterator[tuple[str, Recipe]]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", action="append", required=True)
-    parser.add_argument("--calibration", required=True)
+    parser = arguments_of.parser(__doc__)
     parser.add_argument("--base", choices=[base for base in BASES if base != "learned"], default="kmeans")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512, help="tokens of each sample")
     parser.add_argument("--intervals", type=int, default=8)
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
-    if Path(arguments.calibration).resolve() in [Path(text).resolve() for text in arguments.text]:
-        parser.error("calibration and test text are the same file")
-    return arguments
+    return arguments_of.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         calibration=Calibration(arguments.calibration, arguments.samples, arguments.length),
         selection=Selection(intervals=arguments.intervals),
     )
-    protocol = Protocol(arguments.model, tuple(arguments.text), arguments.seqlen, arguments.tokens)
+    protocol = arguments_of.protocol(arguments)
     jobs = [Job("as it is", protocol, None), *(Job(name, protocol, recipe) for name, recipe in variants(plain))]
     rows = run(jobs, arguments.json)
     head = ("variant", "true bits", *rows[0].perplexities, "integral / measured dF")

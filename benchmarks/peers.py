@@ -1,13 +1,14 @@
 """Every base quantizer, alone and with the sparse part of ReQuant, on one model at one protocol.
 
-    python benchmarks/peers.py MODEL --text TEST --calibration OTHER [--seqlen 1024] [--tokens 8192] [--group-size 64]
-        [--bits 4,3,2] [--methods rtn,gptq,awq,kmeans,learned,distilled] [--parts dense,sparse] [--recipe FILE]
-        [--json FILE]
+    python benchmarks/peers.py MODEL --text TEST [--text FOREIGN] --calibration OTHER [--seqlen 1024] [--tokens 8192]
+        [--group-size 64] [--bits 4,3,2] [--methods rtn,gptq,awq,kmeans,learned,distilled] [--parts dense,sparse]
+        [--recipe FILE] [--json FILE]
 
-Prints a Markdown table: true bits a weight, perplexity in float32, wall time and peak memory of quantizing. Settings
-are those of the preset of each width, or of --recipe. "distilled" is the base "learned", afterwards trained through the
-whole model; "+ ReQuant" puts the preset's share of significant weights into the sparse part before the base quantizes
-around them. A row that the JSON file already holds is not measured again, so a long comparison can be interrupted.
+Prints a Markdown table: true bits a weight, perplexity in float32 on each text, wall time and peak memory of
+quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned",
+afterwards trained through the whole model; "+ ReQuant" puts the preset's share of significant weights into the sparse
+part before the base quantizes around them. A row that the JSON file already holds is not measured again, so a long
+comparison can be interrupted.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from requant.recipe import Recipe, load_recipe
 from requant.settings import CODEBOOK, Distillation
 from requant_kernels.scheme import WeightScheme
 
-from benchmarks.quality.jobs import Job, Protocol, markdown, run
+from benchmarks.quality import arguments as arguments_of
+from benchmarks.quality.jobs import Job, markdown, run
 
 DISTILLED = "distilled"
 DISTILLATION = Distillation(steps=60, batch=8, rate=0.01, range_rate=0.002, value_rate=0.01)  # where a preset has none
@@ -31,7 +33,7 @@ PARTS = ("dense", "sparse")
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    protocol = Protocol(arguments.model, (arguments.text,), arguments.seqlen, arguments.tokens)
+    protocol = arguments_of.protocol(arguments)
     for bits in arguments.bits:
         preset = load_recipe(arguments.recipe or f"requant-w{bits}")
         preset = replace(preset, calibration=replace(preset.calibration, text=arguments.calibration))
@@ -53,32 +55,24 @@ def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", required=True, help="what perplexity is measured on")
-    parser.add_argument("--calibration", required=True, help="another text")
-    parser.add_argument("--seqlen", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser = arguments_of.parser(__doc__)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 3, 2])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
     parser.add_argument("--recipe")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = arguments_of.parse(parser, argv)
     for given, choices in ((arguments.methods, METHODS), (arguments.parts, PARTS)):
         if unknown := set(given) - set(choices):
             parser.error(f"{unknown.pop()!r} is not one of {', '.join(choices)}")
-    if Path(arguments.text).resolve() == Path(arguments.calibration).resolve():
-        parser.error("calibration and test text are the same file")
     return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    protocol = Protocol(arguments.model, (arguments.text,), arguments.seqlen, arguments.tokens)
+    protocol = arguments_of.protocol(arguments)
     rows = run([Job("as it is", protocol, None), *jobs(arguments)], arguments.json)
-    head = ("method", "true bits", "sparse", "perplexity", "seconds", "peak GiB")
+    head = ("method", "true bits", "sparse", *rows[0].perplexities, "seconds", "peak GiB")
     cells = (
         (
             row.name,

@@ -12,6 +12,7 @@ that the JSON file holds already are not measured again, so that an interrupted 
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -19,12 +20,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
 import torch
 from requant import api
 from requant.aweq.settings import SEARCH, Activations, Equalization
 from requant.recipe import Recipe
 from requant.settings import Calibration
 from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
+
+from benchmarks.quality.jobs import markdown
 
 NEVER = 1e9  # a limit that no layer exceeds: all stay static
 MODES = {"dynamic": "per token", "static": "per tensor", "all static": "per tensor, every layer"}
@@ -100,12 +105,12 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
 def table(found: dict[str, dict[str, Any]], columns: list[str], original: float) -> str:
     """Markdown: a line for each method, a column for each mode; below, what was decided about layers."""
     names = dict.fromkeys(key.split("|")[0] for key in found)
-    lines = [f"| original {original:.3f} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
-        cells = [f"{found[f'{name}|{one}']['perplexity']:.3f}" if f"{name}|{one}" in found else "" for one in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = (
+        [name, *(f"{found[f'{name}|{one}']['perplexity']:.3f}" if f"{name}|{one}" in found else "" for one in columns)]
+        for name in names
+    )
     remarks = [f"{key.replace('|', ', ')}: {'; '.join(one['remarks'])}" for key, one in found.items() if one["remarks"]]
-    return "\n".join([*lines, "", *remarks])
+    return "\n".join([markdown([f"original {original:.3f}", *columns], cells), "", *remarks])
 
 
 def main() -> None:
