@@ -21,6 +21,8 @@ names = {(point.group, point.name): point.value for point in distribution.entry_
 assert names[("vllm.general_plugins", "requant")] == "vllm_requant:register"
 data = importlib.resources.files("requant") / "data" / "austen.txt"
 assert data.read_text().startswith("EMMA")
+from requant_kernels.dense_sparse.cpu_int4_native import SOURCE
+assert SOURCE.exists()
 """
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -42,18 +43,15 @@ def _folder() -> Path:
 
 def _key(source: Path, compiler: str) -> str:
     """Of all that decides whether a compiled library fits: source, flags, compiler, torch, and the processor."""
-    cpu = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
-    )
-    parts = (
-        source.read_bytes(),
-        " ".join(_FLAGS).encode(),
-        compiler.encode(),
-        torch.__version__.encode(),
-        flags.encode(),
-    )
+    parts = (source.read_bytes(), *(text.encode() for text in (*_FLAGS, compiler, torch.__version__, _processor())))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What it can do, as Linux says it; elsewhere only its kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:

@@ -1,6 +1,11 @@
 """The packed 4-bit path on a CPU, from torch's operators and in C++: its layout is what we believe, both regimes say
 the same, memory stays small."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,6 +131,42 @@ def test_the_operator_is_what_torch_expects():
     x, tensors = torch.randn(3, SHAPE[1]).to(torch.bfloat16), list(prepared.tensors.values())
     arguments = (x, tensors, None, SHAPE[0], *prepared.meta)
     torch.library.opcheck(torch.ops.requant.cpu_int4_linear.default, arguments)
+
+
+NARROW = """
+import torch
+from requant_kernels import reference
+from requant_kernels.dense_sparse import cpu_int4_native
+from requant_kernels.dense_sparse.interface import LayerConfig
+from tests.kernels.strategies import random_weight
+from tests.kernels.test_cpu_int4 import scheme
+assert not cpu_int4_native.unavailable(), cpu_int4_native.unavailable()
+weight = random_weight(scheme(4, 64, False), (200, 256))
+config = LayerConfig.of(weight, torch.bfloat16, torch.device("cpu"))
+layer = cpu_int4_native.CpuInt4Native()
+prepared = layer.prepare(weight, config)
+for tokens in (1, 3, 8, 40):
+    x = torch.randn(tokens, 256).bfloat16()
+    y = layer.apply(x, list(prepared.tensors.values()), None, 200, list(prepared.meta)).float()
+    size = x.float().abs() @ reference.dequantize(weight).abs().T
+    assert ((y - reference.dense_sparse_linear(x.float(), weight)).abs() <= 2**-7 * size).all()
+print("panels of", prepared.meta[1])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64 with AVX2")
+def test_narrower_vectors_say_the_same(tmp_path):
+    if cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nexec "${REAL_CXX:-c++}" "$@" -march=haswell\n')
+    compiler.chmod(0o755)
+    settings = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "ATEN_CPU_CAPABILITY": "avx2"}
+    settings |= {"REAL_CXX": os.environ["CXX"]} if "CXX" in os.environ else {}
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW], env=os.environ | settings, text=True, capture_output=True, check=False
+    )
+    assert done.stdout.strip() == "panels of 32", done.stderr
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
