@@ -73,19 +73,14 @@ def _register(name: str, implementations: Mapping[str, Runs]) -> _Linear:
     _LIBRARIES.append(library)
     operator = getattr(torch.ops.requant, name).default
 
-    def run(  # noqa: PLR0917
-        x: torch.Tensor,
-        weights: list[torch.Tensor],
-        bias: torch.Tensor | None,
-        implementation: str,
-        out_features: int,
-        meta: list[int],
+    def run(
+        x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None, implementation: str, *layer: Any
     ) -> torch.Tensor:
         chosen = implementations[implementation]
         if chosen.traceable:
-            return chosen.apply(x, weights, bias, out_features, meta)
+            return chosen.apply(x, weights, bias, *layer)
         call = operator if torch.compiler.is_compiling() else linear
-        return call(x, weights, bias, implementation, out_features, meta)
+        return call(x, weights, bias, implementation, *layer)
 
     return run
 
