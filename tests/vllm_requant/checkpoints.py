@@ -79,10 +79,13 @@ def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((checkpoint / "config.json").read_text())
     scheme = CheckpointScheme.from_dict(config.pop("quantization_config"))
+    stored = load_file(checkpoint / "model.safetensors")
+    levels = ("weight_scale", "weight_codebook")
+    quantized = {layer for layer, _, part in (name.rpartition(".") for name in stored) if part in levels}
     tensors, layers = {}, {}
-    for name, tensor in load_file(checkpoint / "model.safetensors").items():
+    for name, tensor in stored.items():
         layer, _, part = name.rpartition(".")
-        if part in ("weight", "bias") or scheme.for_layer(layer) is None:
+        if part == "bias" or layer not in quantized:
             tensors[name] = tensor.float()
         else:
             layers.setdefault(layer, {})[part] = tensor
