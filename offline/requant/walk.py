@@ -39,6 +39,12 @@ def hooked(
             handle.remove()
 
 
+def entering(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states [B, T, C] among what a model calls a block with."""
+    hidden: torch.Tensor = args[0] if args else keywords["hidden_states"]
+    return hidden
+
+
 @torch.no_grad()
 def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], samples: Sequence[torch.Tensor]) -> BlockCalls:
     """Observes ``model`` on ``samples`` (token ids int64 [B, T], all of one shape): one full run to see every block's
@@ -52,7 +58,7 @@ def block_calls(model: PreTrainedModel, blocks: Sequence[nn.Module], samples: Se
         return hook
 
     def note_hidden(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.hidden.append(args[0] if args else keywords["hidden_states"])
+        calls.hidden.append(entering(args, keywords))
         raise Stop
 
     with hooked({block: note_keywords(index) for index, block in enumerate(blocks)}, keywords=True):

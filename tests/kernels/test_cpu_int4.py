@@ -27,11 +27,18 @@ SHAPE = (200, 256)
 BUILT = {cpu_int4: cpu_int4.CpuInt4(), cpu_int4_native: cpu_int4_native.CpuInt4Native()}
 
 
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """The operator in C++ is there."""
+    if cpu_int4_native.unavailable():
+        pytest.skip(cpu_int4_native.unavailable())
+
+
 @pytest.fixture(params=BUILT, ids=lambda module: BUILT[module].name)
 def module(request):
     """Where an implementation and its settings are."""
-    if request.param is cpu_int4_native and cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
+    if request.param is cpu_int4_native:
+        request.getfixturevalue("compiled")
     return request.param
 
 
@@ -92,6 +99,7 @@ def test_the_packed_layer_takes_little_more_than_its_bits(module):
     assert stored < 4 + 32 / 64 + 96 * 0.005 + 0.1
 
 
+@pytest.mark.usefixtures("compiled")
 @given(
     rows=st.integers(1, 150),
     groups=st.integers(1, 3),
@@ -100,8 +108,6 @@ def test_the_packed_layer_takes_little_more_than_its_bits(module):
     biased=st.booleans(),
 )
 def test_in_one_operator_or_in_many_it_is_the_same(rows, groups, tokens, density, biased):
-    if cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
     weight = random_weight(scheme(4, 64, False), (rows, 64 * groups), density=density, seed=rows + tokens)
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 64 * groups, generator=generator).bfloat16()
@@ -111,9 +117,8 @@ def test_in_one_operator_or_in_many_it_is_the_same(rows, groups, tokens, density
     assert ((native.float() - many.float()).abs() <= 2**-7 * size + 2**-7 * many.float().abs() + 1e-6).all()
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_compiler_sees_one_operator_for_every_number_of_tokens():
-    if cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
     weight = random_weight(scheme(4, 64, False), SHAPE)
     prepared = prepare(cpu_int4_native, weight)
     compiled = torch.compile(
@@ -124,9 +129,8 @@ def test_the_compiler_sees_one_operator_for_every_number_of_tokens():
         assert torch.equal(compiled(x), ops.dense_sparse_linear(x, prepared))
 
 
+@pytest.mark.usefixtures("compiled")
 def test_the_operator_is_what_torch_expects():
-    if cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
     prepared = prepare(cpu_int4_native, random_weight(scheme(4, 64, False), SHAPE))
     x, tensors = torch.randn(3, SHAPE[1]).to(torch.bfloat16), list(prepared.tensors.values())
     arguments = (x, tensors, None, SHAPE[0], *prepared.meta)
@@ -154,10 +158,9 @@ print("panels of", prepared.meta[1])
 """
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for x86-64 with AVX2")
 def test_narrower_vectors_say_the_same(tmp_path):
-    if cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\nexec "${REAL_CXX:-c++}" "$@" -march=haswell\n')
     compiler.chmod(0o755)
@@ -167,6 +170,12 @@ def test_narrower_vectors_say_the_same(tmp_path):
         [sys.executable, "-c", NARROW], env=os.environ | settings, text=True, capture_output=True, check=False
     )
     assert done.stdout.strip() == "panels of 32", done.stderr
+
+
+def test_a_bias_of_another_dtype_is_added_as_what_it_is(module):
+    prepared, x = prepare(module, random_weight(scheme(4, 64, False), SHAPE)), torch.randn(3, SHAPE[1]).bfloat16()
+    bias = torch.randn(SHAPE[0]).bfloat16()
+    assert torch.equal(*(ops.dense_sparse_linear(x, prepared, one) for one in (bias, bias.float())))
 
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
@@ -181,6 +190,7 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
     native.load.cache_clear()
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_source_that_does_not_compile_names_the_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "broken.cpp"

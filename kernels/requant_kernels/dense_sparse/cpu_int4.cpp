@@ -24,8 +24,8 @@ using at::Tensor;
 
 constexpr int LANES = 16;
 constexpr int64_t TOKENS = 8;       // at once: with two vectors of rows their sums fill half of 32 registers
-constexpr int64_t MANY_BLOCKS = 3;  // of tokens, from which on decoding once for all of them is faster
-constexpr int64_t GRAIN = 1 << 18;  // products below which a second thread costs more than it brings
+constexpr int64_t MANY_BLOCKS = 3;  // of tokens: from here on a unit is decoded once for all of them
+constexpr int64_t GRAIN = 1 << 18;  // products that are not worth a second thread
 constexpr float ZERO_CODE = 8.0f;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -199,6 +199,7 @@ void transpose(const uint16_t* x, const Layer& layer, int64_t first, int64_t cou
 
 Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optional<Tensor>& bias, int64_t out_features,
                        int64_t group, int64_t panel) {
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "cpu_int4_linear: x is ", x.scalar_type(), ", not bfloat16");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   const Tensor y = at::empty(shape, x.options());
@@ -211,7 +212,7 @@ Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optio
     layer.places = static_cast<const uint32_t*>(weights[3].const_data_ptr());
     layer.values = weights[4].const_data_ptr<float>();
   }
-  const Tensor added = bias ? bias->contiguous() : Tensor();
+  const Tensor added = bias ? bias->to(x.scalar_type()).contiguous() : Tensor();
   if (bias) layer.bias = static_cast<const uint16_t*>(added.const_data_ptr());
 
   const int64_t tokens = flat.size(0), blocks = (tokens + TOKENS - 1) / TOKENS, groups = layer.columns / group;

@@ -21,6 +21,7 @@ from requant_kernels.dense_sparse.int4_panels import (
 )
 from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
 from requant_kernels.prepared import Prepared
+from requant_kernels.sparse import SparsePart
 from requant_kernels.weight import DenseSparseWeight
 
 # From here on decoding is amortised: measured on AVX-512 without bf16 arithmetic.
@@ -65,13 +66,17 @@ class CpuInt4(Implementation):
         }
         if weight.sparse is not None and weight.sparse.nnz:
             offsets = weight.sparse.row_offsets
-            tensors |= {
-                "sparse_row_offsets": torch.cat((offsets, offsets[-1:].expand(padding))),
-                "sparse_rows": weight.sparse.rows().to(torch.int32),
-                "sparse_columns": weight.sparse.columns.to(torch.int32),
-                "sparse_values": weight.sparse.values.float(),
-            }
+            padded = torch.cat((offsets, offsets[-1:].expand(padding)))
+            tensors |= self._sparse_tensors(weight.sparse, padded) | {"sparse_values": weight.sparse.values.float()}
         return Prepared(self.name, rows, tensors, meta=(group, panel_rows()))
+
+    def _sparse_tensors(self, sparse: SparsePart, row_offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where the values of ``sparse`` belong; row_offsets: int32 [N'+1]."""
+        return {
+            "sparse_row_offsets": row_offsets,
+            "sparse_rows": sparse.rows().to(torch.int32),
+            "sparse_columns": sparse.columns.to(torch.int32),
+        }
 
     def apply(
         self,

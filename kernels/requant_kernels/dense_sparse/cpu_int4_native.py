@@ -1,6 +1,5 @@
 """The packed 4-bit layer on a CPU without Python between its parts, where there is a C++ compiler."""
 
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from requant_kernels import native
 from requant_kernels.dense_sparse import cpu_int4
 from requant_kernels.dense_sparse.int4_panels import panel_rows
 from requant_kernels.dense_sparse.interface import LayerConfig
-from requant_kernels.prepared import Prepared
-from requant_kernels.weight import DenseSparseWeight
+from requant_kernels.sparse import SparsePart
 
 SOURCE = Path(__file__).with_name("cpu_int4.cpp")
 PANELS = (64, 32)  # that it is written for
@@ -30,21 +28,14 @@ class CpuInt4Native(cpu_int4.CpuInt4):
         missing = unavailable()
         return not missing, missing
 
-    def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
-        """As CpuInt4's, but for the sparse part: by units of half a panel, h rows, unit_offsets int32 [N'/h + 1];
-        places int32 (column * h + row in its unit) and values fp32, each [nnz]."""
-        prepared, half = super().prepare(weight, config), panel_rows() // 2
-        tensors = prepared.tensors
-        if "sparse_rows" in tensors:
-            places = tensors["sparse_columns"] * half + tensors["sparse_rows"] % half
-            tensors = {
-                "weight_packed": tensors["weight_packed"],
-                "scale_and_zero": tensors["scale_and_zero"],
-                "sparse_unit_offsets": tensors["sparse_row_offsets"][::half].contiguous(),
-                "sparse_places": places,
-                "sparse_values": tensors["sparse_values"],
-            }
-        return replace(prepared, tensors=tensors)
+    def _sparse_tensors(self, sparse: SparsePart, row_offsets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By units of half a panel, h rows: unit offsets int32 [N'/h + 1]; places int32 [nnz], column * h + row in its
+        unit."""
+        half = panel_rows() // 2
+        return {
+            "sparse_unit_offsets": row_offsets[::half].contiguous(),
+            "sparse_places": sparse.columns.to(torch.int32) * half + sparse.rows().to(torch.int32) % half,
+        }
 
     def apply(
         self,

@@ -27,7 +27,7 @@ class OneDnn(Implementation):
         return not missing, missing
 
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
-        """operand int64 []: the address of the packed weight, which lives as long as the process and reads its steps
+        """weight int64 []: the address of the packed weight, which lives as long as the process and reads its steps
         from ``weight_scale``."""
         scale = weight.scale.float().clone()
         symmetric, dynamic = config.activations.symmetric, config.activations.dynamic

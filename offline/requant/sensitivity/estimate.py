@@ -1,14 +1,15 @@
 """What a pass of gradients will cost, said before it starts."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from requant.sensitivity.store import TensorStore
-from requant.walk import hooked
+from requant.walk import entering, hooked
 
 # A streamed gradient takes the time of so many forward passes: the pass itself, the same again block by block, and
 # twice that for the gradients by inputs and by weights.
@@ -32,16 +33,16 @@ class Estimate:
 
 @torch.no_grad()
 def estimate(
-    forward: Callable[[], object], blocks: Sequence[nn.Module], passes: int, accumulators: Iterable[TensorStore]
+    forward: Callable[[], object], blocks: Sequence[nn.Module], passes: int, accumulators: Sequence[TensorStore]
 ) -> Estimate:
     """Of ``passes`` streamed gradients like that of ``forward``, which is run once to be timed.
 
     Memory: the accumulators that are not on disk, the hidden states between blocks, the gradients of the largest block.
     """
-    entering: list[int] = []
+    hidden: list[int] = []
 
-    def note(_: nn.Module, args: tuple[torch.Tensor, ...], keywords: dict[str, torch.Tensor]) -> None:
-        entering.append((args[0] if args else keywords["hidden_states"]).nbytes)
+    def note(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        hidden.append(entering(args, keywords).nbytes)
 
     started = time.monotonic()
     with hooked({blocks[0]: note}, keywords=True):
@@ -50,4 +51,4 @@ def estimate(
     memory = sum(store.nbytes for store in accumulators if not store.mapped)
     disk = sum(store.nbytes for store in accumulators if store.mapped)
     largest = max(sum(parameter.nbytes for parameter in block.parameters()) for block in blocks)
-    return Estimate(FORWARDS * passes * seconds, memory + len(blocks) * entering[0] + largest, disk)
+    return Estimate(FORWARDS * passes * seconds, memory + len(blocks) * hidden[0] + largest, disk)

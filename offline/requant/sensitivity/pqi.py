@@ -88,7 +88,7 @@ class Path:
         mean, square = self._accumulator(stores), self._accumulator(stores) if second_moment else TensorStore()
         part = self._accumulator(stores) if second_moment else mean
         scale = 1.0 if second_moment else 1 / len(samples)
-        passes, accumulators = len(samples) * len(points), {id(store): store for store in (mean, square, part)}.values()
+        passes, accumulators = len(samples) * len(points), [mean, square, part] if second_moment else [mean]
         cost = estimate(lambda: self.loss(samples[0]), self.blocks, passes, accumulators)
         say(f"path integral: {passes} passes, {cost}")
         groups = [[sample] for sample in samples] if second_moment else [samples]
