@@ -6,7 +6,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -20,10 +20,12 @@ from requant.calibrated import CalibratedRun
 from requant.calibration import read_windows
 from requant.perplexity import perplexity, windows
 from requant.recipe import Recipe
-from requant.stages import Stages
+from requant.stages import CHOICE, Result, Stages
 from requant.texts import read_text
 from requant_kernels.reference import dequantize
 from requant_kernels.weight import DenseSparseWeight
+
+AFTER_CHOICE = ("base", "training", "distillation")  # parts of a recipe that do not decide which entries are sparse
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Job:
         recipe = self.recipe.to_dict() if self.recipe else None
         return asdict(self.protocol) | named | {"recipe": recipe}
 
+    @property
+    def choice_key(self) -> dict[str, Any]:
+        """All that decides which entries are sparse: a base quantizer is told, not asked."""
+        recipe = {key: value for key, value in self.key["recipe"].items() if key not in AFTER_CHOICE}
+        return {"model": self.key["model"], "recipe": recipe}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -73,8 +81,40 @@ class Row:
     job: dict[str, Any]
 
 
+class SharedChoice(Stages):
+    """Stages of one job, but for the choice of sparse entries, which all jobs that choose alike make once.
+
+    ``seconds`` and ``peak_gib``: what it cost the job that made it, where that was an earlier one.
+    """
+
+    def __init__(self, own: Stages, choices: Stages) -> None:
+        self._own, self._choices, self._made = own, choices, False
+        self.seconds, self.peak_gib = 0.0, 0.0
+
+    def kept(self, name: str, make: Callable[[], Result]) -> Result:
+        if name != CHOICE:
+            return self._own.kept(name, make)
+
+        def timed() -> Result:
+            start = time.monotonic()
+            tensors, facts = make()
+            self._made = True
+            return tensors, facts | {"seconds": time.monotonic() - start, "peak_gib": peak_gib()}
+
+        tensors, facts = self._choices.kept(name, timed)
+        if not self._made:
+            self.seconds, self.peak_gib = facts["seconds"], facts["peak_gib"]
+        return tensors, facts
+
+
+def peak_gib() -> float:
+    """Of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def measure(job: Job, kept: Path | None = None) -> Row:
-    """kept: where finished stages of quantizing lie, for when it is interrupted; seconds are then those of the last."""
+    """kept: a folder for finished stages of quantizing, for when it is interrupted (seconds are then those of the last
+    run) and for jobs that choose the same sparse entries."""
     source = sources.resolve(job.protocol.model)
     network, tokenizer = sources.load(source, torch.float32), source.tokenizer()
     architecture = models.ARCHITECTURES[network.config.model_type]
@@ -85,9 +125,9 @@ def measure(job: Job, kept: Path | None = None) -> Row:
     torch.manual_seed(job.recipe.seed)
     start = time.monotonic()
     schemes = dict.fromkeys(linears, job.recipe.layer_scheme)
-    stages = Stages.opened(kept, {"the job": job.key}) if kept else Stages()
+    stages = SharedChoice(_opened(kept, job.key), _opened(kept, job.choice_key))
     made = CalibratedRun(network, architecture, schemes, job.recipe, torch.bfloat16, stages).quantize(samples)
-    seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds, peak = time.monotonic() - start + stages.seconds, max(peak_gib(), stages.peak_gib)
     for name, linear in linears.items():
         linear.weight.data.copy_(dequantize(made.layers[name]))
     total = sum(linear.weight.numel() for linear in linears.values())
@@ -106,24 +146,34 @@ def measure(job: Job, kept: Path | None = None) -> Row:
     )
 
 
+def _opened(kept: Path | None, key: dict[str, Any]) -> Stages:
+    return Stages.opened(folder_of(kept, key), {"the job": key}) if kept else Stages()
+
+
+def folder_of(kept: Path, key: dict[str, Any]) -> Path:
+    return kept / sha256(json.dumps(key).encode()).hexdigest()[:12]
+
+
 def run(jobs: Iterable[Job], path: Path | None) -> list[Row]:
     """A row for each job; those that the JSON file ``path`` holds are taken from there, the others are added to it."""
     earlier = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path and path.exists() else []
     measured, rows = list(earlier), []
+    kept = path.with_suffix(".stages") if path else None
     for job in jobs:
         key = json.loads(json.dumps(job.key))
         row = next((row for row in earlier if row.job == key), None)
         if row is None:
             # a process of its own, whose peak memory is then the job's
-            folder = path.with_suffix(f".{sha256(json.dumps(key).encode()).hexdigest()[:12]}") if path else None
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                row = pool.submit(measure, job, folder).result()
+                row = pool.submit(measure, job, kept).result()
             measured.append(row)
-            if path and folder:
+            if path and kept:
                 everything = [asdict(row) for row in measured]
                 path.write_text(json.dumps(conditions() | {"rows": everything}, indent=1) + "\n")
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder_of(kept, job.key), ignore_errors=True)
         rows.append(row)
+    if kept:
+        shutil.rmtree(kept, ignore_errors=True)
     return rows
 
 

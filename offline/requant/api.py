@@ -29,12 +29,14 @@ def quantize(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     resume: bool = False,
+    offload_folder: str | Path | None = None,
 ) -> Report:
     """Quantizes ``model`` (folder, GGUF or hub name) into the folder ``out``, which appears whole or not at all.
 
     recipe: a Recipe, the name of a preset, or a YAML file. device: where matrices are quantized.
     resume: finished stages of a calibrated run are kept beside ``out`` until it is whole; one that was interrupted goes
-    on from there and gives the same bytes.
+    on from there and gives the same bytes. offload_folder: where gradients and the like lie while they are needed,
+    memory-mapped instead of in memory.
     Raises InputError, or SchemeError of requant_kernels for a scheme that does not exist.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -46,6 +48,7 @@ def quantize(
         overwrite=overwrite,
         max_shard_bytes=parse_size(max_shard_size),
         resume=resume,
+        offload_folder=None if offload_folder is None else Path(offload_folder),
     )
 
 

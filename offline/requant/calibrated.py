@@ -31,8 +31,9 @@ from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.quadrature import nodes
 from requant.sensitivity.selection import mask_of
+from requant.sensitivity.store import Stores, TensorStore
 from requant.settings import DATA_FREE, EQUALIZED, FISHER
-from requant.stages import Result, Stages
+from requant.stages import CHOICE, Result, Stages
 from requant.statistics import InputStatistics, collect
 from requant.targeting import fit
 from requant.tuning.attach import trainable
@@ -94,7 +95,8 @@ class CalibratedRun:
     """``network`` computes in fp32 and is stored in ``dtype``; ``schemes``: the layers to quantize, by full name.
 
     The network may be rewritten (AWQ, AWEQ) into another that is the same function; all else stays. ``stages`` keeps
-    what is finished: the choice of sparse entries, and each block.
+    what is finished: the choice of sparse entries, and each block. ``stores`` hold what else is as large as the model:
+    gradients, both ends of their path, the optimizer's moments.
     """
 
     network: PreTrainedModel
@@ -103,12 +105,13 @@ class CalibratedRun:
     recipe: Recipe
     dtype: torch.dtype
     stages: Stages = field(default_factory=Stages)
+    stores: Stores = TensorStore
 
     def quantize(self, windows: Windows) -> Calibrated:
         """Raises InputError for a layer that no token reaches, and ValueError where a loss is not finite."""
         samples = [ids.to(self.network.device) for ids in windows.ids]
         self.network.requires_grad_(False)
-        masks, facts = self.stages.kept("sparse", partial(self._chosen, samples))
+        masks, facts = self.stages.kept(CHOICE, partial(self._chosen, samples))
         integrals = [Completeness(**one) for one in facts["integrals"]]
         schemes = {name: LayerScheme.from_dict(one) for name, one in facts["schemes"].items()}
         return replace(self, schemes=schemes)._around(masks, integrals, windows, samples)
@@ -163,10 +166,13 @@ class CalibratedRun:
         all to themselves."""
         linears = {name: one for name, one in self._linears.items() if self.schemes[name].sparse or not rounded}
         parameters = {name: linear.get_parameter("weight") for name, linear in linears.items()}
-        start = {name: weight.detach().clone() for name, weight in parameters.items()}
-        end = {name: self._first_rounded(name, weight, None) for name, weight in start.items()} if rounded else start
+        start, end = self.stores(), self.stores()
+        for name, weight in parameters.items():
+            start.copy(name, weight.detach())
+            if rounded:
+                end.copy(name, self._first_rounded(name, weight.detach(), None))
         blocks = [block for _, block in models.blocks(self.network, self.architecture)]
-        return Path(blocks, parameters, self._loss, start, end)
+        return Path(blocks, parameters, self._loss, start, end if rounded else start, self.stores)
 
     def _loss(self, ids: torch.Tensor) -> torch.Tensor:
         return self.network(input_ids=ids, labels=ids, use_cache=False).loss
@@ -331,7 +337,7 @@ class CalibratedRun:
         trained = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding | Rescaled)}
         blocks = [block for _, block in models.blocks(self.network, self.architecture)]
         with trainable(self._linears, roundings):
-            return distill(self.network, blocks, trained, samples, settings, seed=self.recipe.seed)
+            return distill(self.network, blocks, trained, samples, settings, seed=self.recipe.seed, stores=self.stores)
 
     def _restore(self, roundings: dict[str, Rounding], masks: Masks, samples: Samples) -> list[Completeness]:
         """Gives the significant weights of what is quantized already their value back; extends ``masks``."""

@@ -102,6 +102,7 @@ def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     quantize.add_argument("--resume", action="store_true", help="keep what is finished; continue where a run stopped")
+    quantize.add_argument("--offload-folder", metavar="DIR", help="memory-map gradients there, not in memory")
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT when the new one is whole")
     quantize.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
@@ -119,6 +120,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         max_shard_size=arguments.max_shard_size,
         resume=arguments.resume,
+        offload_folder=arguments.offload_folder,
     )
     if arguments.json:
         print(json.dumps(report.to_dict()))

@@ -27,6 +27,7 @@ from requant.quantizers.bases import DATA_FREE
 from requant.quantizers.dense import attach_residual
 from requant.recipe import Recipe
 from requant.report import LayerRow, Report, Totals
+from requant.sensitivity.store import Stores, offloaded
 from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
 from requant.versions import producer
@@ -43,11 +44,13 @@ def run(
     overwrite: bool,
     max_shard_bytes: int,
     resume: bool = False,
+    offload_folder: Path | None = None,
 ) -> Report:
     """Quantizes ``model`` into the folder ``out``. Without calibration, matrices visit ``device`` one by one; the model
     stays on the CPU and is freed block by block. With it, the whole model computes on ``device`` in fp32. ``resume``:
-    keeps what is finished of a calibrated run until it is whole, and takes up what an earlier one kept. Raises
-    InputError, SchemeError; leaves nothing else behind when it does."""
+    keeps what is finished of a calibrated run until it is whole, and takes up what an earlier one kept.
+    ``offload_folder``: of sensitivity/store.py. Raises InputError, SchemeError; leaves nothing else behind when it
+    does."""
     if resume and recipe.settled:
         raise InputError("--resume: not with activations or bias_correction, whose blocks are not kept; leave it out")
     source = sources.resolve(model)
@@ -59,7 +62,10 @@ def run(
         shards = ShardWriter(folder, max_shard_bytes)
         architecture = models.ARCHITECTURES[network.config.model_type]
         kept = folder_of(out) if resume else None
-        calibrated = _calibrate(network, source, scheme, recipe, device, kept=kept) if recipe.calibrated else None
+        calibrated = None
+        if recipe.calibrated:
+            with offloaded(offload_folder) as stores:
+                calibrated = _calibrate(network, source, scheme, recipe, device, kept=kept, stores=stores)
         layers = calibrated.layers if calibrated else {}
         if layers:
             scheme = fitted(scheme, {name: layer.scheme for name, layer in layers.items()})
@@ -153,6 +159,7 @@ def _calibrate(
     device: torch.device,
     *,
     kept: Path | None,
+    stores: Stores,
 ) -> Calibrated:
     """Computes in fp32; the norms of ``network`` may come back rewritten, in numbers that its own dtype can hold."""
     context = network.config.max_position_embeddings
@@ -170,6 +177,7 @@ def _calibrate(
         recipe,
         dtype,
         Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages(),
+        stores,
     )
     try:
         return run.quantize(windows)

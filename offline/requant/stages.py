@@ -15,6 +15,7 @@ from requant.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
 Result = tuple[Tensors, dict[str, Any]]
+CHOICE = "sparse"  # the stage that chooses the sparse entries
 _FINGERPRINT = "fingerprint.json"
 
 

@@ -1,6 +1,6 @@
 """From a path and a criterion to scores that can be walked again and again, one matrix at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +54,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How to measure: the criterion, the quadrature of criteria that integrate, the seed of the random control, and
-    where accumulators live."""
+    """How to measure: the criterion, the quadrature of criteria that integrate, the seed of the random control."""
 
     criterion: Criterion
     rule: Rule = "midpoint"
     intervals: int = 8
     seed: int = 0
-    stores: Callable[[], TensorStore] = TensorStore
 
     @classmethod
     def of(cls, selection: Selection, name: str | None = None, *, seed: int = 0) -> "Sensitivity":
@@ -73,7 +71,7 @@ class Sensitivity:
         """samples: token ids int64 [B, T] of one shape. Raises ValueError where a loss is not finite."""
         points = self.criterion.points(self.rule, self.intervals)
         gradients = (
-            path.gradients(samples, points, second_moment=self.criterion.second_moment, stores=self.stores)
+            path.gradients(samples, points, second_moment=self.criterion.second_moment)
             if points
             else PathGradients(TensorStore(), TensorStore())
         )

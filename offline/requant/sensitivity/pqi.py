@@ -12,7 +12,7 @@ from torch import nn
 
 from requant.progress import say, track
 from requant.sensitivity.estimate import estimate
-from requant.sensitivity.store import TensorStore
+from requant.sensitivity.store import Stores, TensorStore
 from requant.sensitivity.streaming import streamed_gradients
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
@@ -48,7 +48,8 @@ class Path:
     """The straight line from ``start`` to ``end``, walked by the model's own ``parameters``.
 
     blocks: the modules to be recomputed in the backward pass, loss: a batch of token ids int64 [B, T] -> its mean token
-    loss. All mappings share their keys; ``start`` and ``end`` may be memory-mapped.
+    loss. All mappings share their keys. ``start`` and ``end`` are fp32, on the CPU, as is what ``stores`` makes for
+    gradients.
     """
 
     blocks: Sequence[nn.Module]
@@ -56,12 +57,13 @@ class Path:
     loss: Loss
     start: Weights
     end: Weights
+    stores: Stores = TensorStore
 
     @torch.no_grad()
     def move_to(self, t: float) -> None:
         """Sets the model's weights to start + t (end - start)."""
         for name, parameter in self.parameters.items():
-            torch.lerp(self.start[name].to(parameter.dtype), self.end[name].to(parameter.dtype), t, out=parameter.data)
+            torch.lerp(self.start[name].to(parameter), self.end[name].to(parameter), t, out=parameter.data)
 
     @torch.no_grad()
     def loss_at(self, t: float, samples: Sequence[torch.Tensor]) -> float:
@@ -77,7 +79,6 @@ class Path:
         points: Sequence[tuple[float, float]],
         *,
         second_moment: bool = False,
-        stores: Callable[[], TensorStore] = TensorStore,
     ) -> PathGradients:
         """Integrates the gradient over ``points`` (quadrature.nodes) for each of ``samples`` (int64 [B, T] each).
 
@@ -85,8 +86,8 @@ class Path:
         is walked to the end before the next begins, which costs one more accumulator and one pass over the weights for
         every sample and point. Leaves the model at the path's start. Raises ValueError where a loss is not finite.
         """
-        mean, square = self._accumulator(stores), self._accumulator(stores) if second_moment else TensorStore()
-        part = self._accumulator(stores) if second_moment else mean
+        mean, square = self._accumulator(), self._accumulator() if second_moment else TensorStore()
+        part = self._accumulator() if second_moment else mean
         scale = 1.0 if second_moment else 1 / len(samples)
         passes, accumulators = len(samples) * len(points), [mean, square, part] if second_moment else [mean]
         cost = estimate(lambda: self.loss(samples[0]), self.blocks, passes, accumulators)
@@ -100,8 +101,8 @@ class Path:
         self.move_to(0.0)
         return PathGradients(mean, square)
 
-    def _accumulator(self, stores: Callable[[], TensorStore]) -> TensorStore:
-        store = stores()
+    def _accumulator(self) -> TensorStore:
+        store = self.stores()
         for name, parameter in self.parameters.items():
             store.zeros(name, parameter.shape)
         return store
@@ -110,7 +111,7 @@ class Path:
         self.move_to(t)
 
         def accumulate(name: str, gradient: torch.Tensor) -> None:
-            into[name].add_(gradient, alpha=scale)
+            into[name].add_(gradient.cpu(), alpha=scale)
 
         with streamed_gradients(self.blocks, self.parameters, accumulate):
             for sample in samples:

@@ -1,13 +1,15 @@
-"""Named fp32 accumulators in memory, or memory-mapped in a folder so that they need none."""
+"""Named fp32 tensors as large as the model, in memory, or memory-mapped in a folder so that they need none."""
 
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 
 class TensorStore(Mapping[str, torch.Tensor]):
-    """Zero-initialised fp32 tensors by name: in memory where ``folder`` is None, else one file each in ``folder``."""
+    """fp32 tensors on the CPU by name: in memory where ``folder`` is None, else one file each in ``folder``."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -16,7 +18,7 @@ class TensorStore(Mapping[str, torch.Tensor]):
             folder.mkdir(parents=True, exist_ok=True)
 
     def zeros(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """A new accumulator, replacing any of that name."""
+        """A new tensor, replacing any of that name."""
         if self._folder is None:
             tensor = torch.zeros(shape)
         else:
@@ -25,6 +27,10 @@ class TensorStore(Mapping[str, torch.Tensor]):
             tensor = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
         self._tensors[name] = tensor
         return tensor
+
+    def copy(self, name: str, tensor: torch.Tensor) -> None:
+        """Holds what ``tensor`` (on any device) holds now."""
+        self.zeros(name, tensor.shape).copy_(tensor)
 
     @property
     def mapped(self) -> bool:
@@ -43,3 +49,17 @@ class TensorStore(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+Stores = Callable[[], TensorStore]  # makes one more
+
+
+@contextmanager
+def offloaded(folder: Path | None) -> Iterator[Stores]:
+    """Stores below ``folder``, which is made where there is none and emptied of them on leaving; None: in memory."""
+    if folder is None:
+        yield TensorStore
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="requant-", dir=folder) as made:
+        yield lambda: TensorStore(Path(tempfile.mkdtemp(dir=made)))

@@ -33,8 +33,10 @@ class StreamedAdam:
     def update(self, name: str, gradient: torch.Tensor) -> None:
         """Moves one parameter. A sink of streamed_gradients."""
         first, second = self._first[name], self._second[name]
+        gradient = gradient.cpu()
         first.lerp_(gradient, 1 - FIRST_DECAY)
         second.lerp_(gradient.square(), 1 - SECOND_DECAY)
         denominator = (second / (1 - SECOND_DECAY**self.step)).sqrt_().add_(EPSILON)
         rate = self._rates[name] * self.share / (1 - FIRST_DECAY**self.step)
-        self._parameters[name].addcdiv_(first, denominator, value=-rate)
+        parameter = self._parameters[name]
+        parameter.sub_((first / denominator).mul_(rate).to(parameter.device))

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from requant.quantizers.learned import LearnedRounding
 from requant.quantizers.rescaled import Rescaled
-from requant.sensitivity.store import TensorStore
+from requant.sensitivity.store import Stores, TensorStore
 from requant.sensitivity.streaming import streamed_gradients
 from requant.settings import Distillation
 from requant.tuning.adam import StreamedAdam
@@ -61,10 +61,12 @@ def distill(
     settings: Distillation,
     *,
     seed: int = 0,
+    stores: Stores = TensorStore,
 ) -> list[float]:
     """Trains ``roundings``, with which the linear layers of ``blocks`` compute; returns the divergence at every step.
 
     samples: token ids int64 [1, T], all of one length, each with its final state [1, T, C] in the original model.
+    stores: for the optimizer's moments.
     """
     parameters = {
         f"{layer}.{kind}": parameter
@@ -72,7 +74,7 @@ def distill(
         for kind, parameter in rounding.named_parameters()
     }
     rates = {name: rate_of(name.rpartition(".")[2], parameter, settings) for name, parameter in parameters.items()}
-    adam = StreamedAdam(parameters, rates, TensorStore(), TensorStore())
+    adam = StreamedAdam(parameters, rates, stores(), stores())
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     with streamed_gradients(blocks, parameters, adam.update):

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from pathlib import Path as File
 
 import pytest
 import torch
 from requant.sensitivity.pqi import completeness, elements
 from requant.sensitivity.quadrature import nodes
-from requant.sensitivity.store import TensorStore
+from requant.sensitivity.store import offloaded
 from torch import nn
 
 from tests.offline.sensitivity.conftest import path_of
@@ -45,14 +46,15 @@ def test_accumulators_on_disk_give_the_same_integral(
     model: nn.Module, samples: list[torch.Tensor], tmp_path: File
 ) -> None:
     path, points = path_of(model, 3), nodes("midpoint", 2)
-    folders = iter(range(9))
-    on_disk = path.gradients(
-        samples[:1], points, second_moment=True, stores=lambda: TensorStore(tmp_path / str(next(folders)))
-    )
     in_memory = path.gradients(samples[:1], points, second_moment=True)
-    for name in path.parameters:
-        assert torch.equal(elements(path, on_disk, name), elements(path, in_memory, name))
-        assert torch.equal(on_disk.square[name], in_memory.square[name])
+    with offloaded(tmp_path / "new") as stores:
+        on_disk = replace(path, stores=stores).gradients(samples[:1], points, second_moment=True)
+        assert on_disk.mean.mapped
+        assert list(tmp_path.rglob("*.f32"))
+        for name in path.parameters:
+            assert torch.equal(elements(path, on_disk, name), elements(path, in_memory, name))
+            assert torch.equal(on_disk.square[name], in_memory.square[name])
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_broken_model_is_refused(model: nn.Module, samples: list[torch.Tensor]) -> None:
