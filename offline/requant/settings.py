@@ -92,10 +92,10 @@ class Selection:
 @dataclass(frozen=True)
 class Training:
     """``steps`` of Adam on ``batch`` samples each; ``rate``: of offsets in quantization steps and of ranges, relative;
-    it falls linearly to zero."""
+    it falls linearly to zero. An offset can thus travel steps * rate / 2 at most, and has to be able to travel 1/2."""
 
-    steps: int = 100
-    batch: int = 8
+    steps: int = 80
+    batch: int = 2
     rate: float = 0.02
 
     def __post_init__(self) -> None:
