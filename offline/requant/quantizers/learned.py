@@ -62,6 +62,12 @@ class LearnedRounding(nn.Module):
         return scale, through(torch.round, -low[..., None] / scale).clamp(0, top)
 
     @torch.no_grad()
+    def unit_of(self, kind: str) -> float:
+        """What a rate is relative to, for the parameter of that name: sparse values are weights, so that their unit is
+        the mean quantization step; offsets are in steps already, and ends of ranges are factors."""
+        return float(self._grid()[0].mean()) if kind == "values" else 1.0
+
+    @torch.no_grad()
     def project(self) -> None:
         """Back into the allowed set, after a step."""
         self.offset.clamp_(-0.5, 0.5)

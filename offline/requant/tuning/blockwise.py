@@ -21,11 +21,17 @@ def train_block(
 ) -> list[float]:
     """Trains ``roundings`` so that ``run`` (the block that computes with them) maps the first of each of ``samples`` to
     the second, both [1, T, C]; returns the mean squared error at every step."""
-    optimizer = torch.optim.Adam([p for rounding in roundings for p in rounding.parameters()], betas=(0.9, 0.95))
+    groups = [
+        {"params": [parameter], "full_rate": training.rate * rounding.unit_of(kind)}
+        for rounding in roundings
+        for kind, parameter in rounding.named_parameters()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for step in range(training.steps):
-        optimizer.param_groups[0]["lr"] = training.rate * (1 - step / training.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_rate"] * (1 - step / training.steps)
         chosen = torch.randperm(len(samples), generator=generator)[: training.batch].tolist()
         inputs, targets = (torch.cat([samples[i][side] for i in chosen]) for side in (0, 1))
         loss = mse_loss(run(inputs), targets)
