@@ -7,8 +7,8 @@ from math import gcd
 
 @dataclass(frozen=True)
 class Shape:
-    """What vLLM splits: attention by heads (key/value heads are copied where there are fewer than ranks), the MLP by its
-    inner ``width``. Embeddings are padded and forbid nothing."""
+    """What vLLM splits: attention by heads (key/value heads are copied where there are fewer than ranks), the MLP by
+    its inner ``width``. Embeddings are padded and forbid nothing."""
 
     heads: int
     key_value_heads: int
@@ -36,4 +36,4 @@ def cut_groups(columns: int, group_size: int, degree: int) -> str | None:
     share = columns // degree
     if group_size == -1 or share % group_size == 0:
         return None
-    return f"{degree} ranks of {share} columns cut its groups of {group_size} into groups of {gcd(group_size, share)}"
+    return f"{degree} ranks of {share} columns cut groups of {group_size} into groups of {gcd(group_size, share)}"

@@ -32,8 +32,8 @@ class Pair:
 @dataclass(frozen=True)
 class Architecture:
     """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with the
-    query, key, value and output projections and ends with the MLP's last. ``pairs``: in the order in which a block runs them.
-    ``norm_offset``: a norm multiplies by weight + norm_offset."""
+    query, key, value and output projections and ends with the MLP's last. ``pairs``: in the order in which a block runs
+    them. ``norm_offset``: a norm multiplies by weight + norm_offset."""
 
     blocks: str
     linears: tuple[str, ...]

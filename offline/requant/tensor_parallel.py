@@ -29,9 +29,9 @@ def cut_groups(
     row_parallel = ARCHITECTURES[model.config.model_type].row_parallel
     happening: dict[str, list[str]] = {}
     for name, (scheme, (_, columns)) in layers.items():
-        if name.endswith(row_parallel):
-            if what := tensor_parallel.cut_groups(columns, scheme.weights.group_size, degree):
-                happening.setdefault(what, []).append(name)
+        what = tensor_parallel.cut_groups(columns, scheme.weights.group_size, degree)
+        if what and name.endswith(row_parallel):
+            happening.setdefault(what, []).append(name)
     return [
         f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {what}"
         for what, names in happening.items()

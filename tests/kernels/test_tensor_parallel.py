@@ -41,7 +41,7 @@ def test_the_words_about_groups_are_what_slicing_does(degree, group_size):
     if said is None:
         assert sizes == {share if group_size == -1 else group_size}
     else:
-        assert said.startswith(f"{degree} ranks of {share} columns cut its groups of {group_size} ")
+        assert said.startswith(f"{degree} ranks of {share} columns cut groups of {group_size} ")
         assert said.endswith(f"into groups of {min(sizes)}")
         assert len(sizes) == 1
 

@@ -240,7 +240,7 @@ def test_two_defects_are_two_lines(checkpoint):
             [
                 "self_attn.q_proj: 4 attention heads",
                 "self_attn.k_proj: 2 key/value heads",
-                "mlp.down_proj: 128 inner channels",
+                "mlp.down_proj: 128 inner",
             ],
         ),
         (4, []),  # the two key/value heads are copied
@@ -259,7 +259,7 @@ def test_groups_that_a_degree_cuts_are_told_and_are_no_defects(quantized, llama,
     """Group 32: four ranks have 16 columns each of o_proj and 32 of down_proj."""
     assert api.tensor_parallel_remarks(quantized, (1, 2)) == []
     assert api.tensor_parallel_remarks(quantized, (4,)) == [
-        "model.layers.0.self_attn.o_proj and 1 more: 4 ranks of 16 columns cut its groups of 32 into groups of 16"
+        "model.layers.0.self_attn.o_proj and 1 more: 4 ranks of 16 columns cut groups of 32 into groups of 16"
     ]
     api.quantize(llama, tmp_path / "rows", Recipe(WeightScheme(4, -1)))
     assert api.tensor_parallel_remarks(tmp_path / "rows", (4,)) == []
