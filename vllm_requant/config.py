@@ -86,7 +86,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
             kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
             return kind(scheme, names, in_flight=self.in_flight)
         if isinstance(layer, RoutedExperts):
-            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served from a requant checkpoint")
+            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served by requant")
         if isinstance(layer, ParallelLMHead) and not self.in_flight and self._common_scheme(prefix, [prefix]):
             raise SchemeError(f"{prefix}: a quantized output layer can not be served; quantize with it in 'ignore'")
         return None
