@@ -17,6 +17,7 @@ from requant_kernels.scheme import (
     SparseScheme,
     WeightScheme,
 )
+from requant_kernels.tensor_parallel import cut_groups
 
 from tests.vllm_requant.checkpoints import CONFIGS, decoded, edit, quantize, random_model
 from tests.vllm_requant.engine import run_jobs
@@ -236,6 +237,12 @@ def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
 @pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2"), (4, "qwen2")])
 def test_several_ranks_say_what_one_says(size, kind, ranks, one_rank):
     assert_equal(ranks[size], one_rank[kind]["logprobs"], atol=1e-5)
+
+
+def test_the_log_says_what_four_ranks_do_to_groups_in_the_words_of_check(ranks, folder):
+    log = (folder / "ranks" / "log").read_text()
+    for group_size in (64, 128):
+        assert log.count(cut_groups(384, group_size, 4)) == 1
 
 
 def test_int8_layers_on_two_ranks(ranks, one_rank):
