@@ -19,10 +19,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import torch
 from requant import models, sources
 from requant.calibration import read_windows
-from requant.quantizers import rtn
 from requant.sensitivity import pqi
 from requant.sensitivity.quadrature import Rule, nodes
 from requant.settings import Calibration
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import WeightScheme
 
 from benchmarks.quality.jobs import markdown

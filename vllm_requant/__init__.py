@@ -1,4 +1,5 @@
-"""Serves requant checkpoints with vLLM: `vllm serve CHECKPOINT`, nothing else to do."""
+"""Serves requant checkpoints with vLLM: `vllm serve CHECKPOINT`, nothing else to do; and other models, rounded while
+they are loaded: `vllm serve MODEL --quantization requant`."""
 
 import logging
 
@@ -16,4 +17,5 @@ def register() -> None:
 
     register_quantization_config(QUANT_METHOD)(RequantConfig)
     # vLLM configures its own logger only, and later than this: our lines follow it wherever it writes.
-    logging.getLogger("requant_kernels").parent = logging.getLogger("vllm")
+    for ours in ("requant_kernels", "vllm_requant"):
+        logging.getLogger(ours).parent = logging.getLogger("vllm")

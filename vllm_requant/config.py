@@ -6,17 +6,26 @@ import torch
 import vllm
 from requant_kernels.errors import SchemeError
 from requant_kernels.scheme import QUANT_METHOD, CheckpointScheme, LayerScheme
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vllm_requant.versions import check_version
 
+_LOG = init_logger(__name__)
+
 
 class RequantConfig(QuantizationConfig):  # type: ignore[misc]
-    """What vLLM asks about a requant checkpoint."""
+    """What vLLM asks about a requant checkpoint, or about a model to be rounded in flight."""
 
-    def __init__(self, scheme: CheckpointScheme) -> None:
+    def __init__(self, scheme: CheckpointScheme | None = None) -> None:
+        """vLLM gives no ``scheme`` where nothing declares one: ``--quantization requant`` on an unquantized model.
+
+        Raises RuntimeError for an untested vLLM.
+        """
+        check_version(vllm.__version__)
         super().__init__()
         self.scheme = scheme
+        self.in_flight = scheme is None
         self.mappers: list[Any] = []
 
     def __repr__(self) -> str:
@@ -41,38 +50,66 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RequantConfig":
         """Raises RuntimeError for an untested vLLM, SchemeError for a configuration that is not understood."""
-        check_version(vllm.__version__)
         return cls(CheckpointScheme.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """A scheme that config.json does not declare, from ``--hf-overrides``, is one to round by."""
+        from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+        stored = get_hf_file_to_dict("config.json", model_name, revision)
+        self.in_flight |= stored is not None and "quantization_config" not in stored
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.mappers.append(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         # These modules import all of vLLM's layers, which a plugin must not do while it registers.
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
         from vllm_requant.names import unfused
+        from vllm_requant.tensor_parallel import refuse_degree
 
+        current = get_current_vllm_config_or_none()
+        if current and current.model_config:
+            refuse_degree(current)
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
             if scheme is None:
                 return UnquantizedLinearMethod()
-            return (W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod)(scheme, names)
+            if self.in_flight:
+                scheme = self._roundable(scheme, layer.input_size, prefix)
+            kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
+            return kind(scheme, names, in_flight=self.in_flight)
         if isinstance(layer, RoutedExperts):
-            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served from a requant checkpoint")
-        if isinstance(layer, ParallelLMHead) and self._common_scheme(prefix, [prefix]) is not None:
+            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served by requant")
+        if isinstance(layer, ParallelLMHead) and not self.in_flight and self._common_scheme(prefix, [prefix]):
             raise SchemeError(f"{prefix}: a quantized output layer can not be served; quantize with it in 'ignore'")
         return None
 
+    def _roundable(self, scheme: LayerScheme, columns: int, prefix: str) -> LayerScheme:
+        """By which the layer ``prefix`` of ``columns`` inputs is rounded; the log says so once. Raises SchemeError."""
+        from vllm_requant.in_flight import fitted, refuse_unroundable
+
+        if self.scheme is None:
+            scheme = fitted(scheme, columns)
+        refuse_unroundable(scheme, columns, prefix)
+        _LOG.info_once(
+            "linear layers are rounded to nearest while they are loaded: %s (`requant quantize` loses less)",
+            scheme.describe(),
+        )
+        return scheme
+
     def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
         """The scheme of the layers ``names`` that vLLM fuses into ``prefix``. Raises SchemeError where they differ."""
+        from vllm_requant.in_flight import DEFAULT
         from vllm_requant.names import scheme_of
 
-        schemes = [scheme_of(name, self.scheme, self.mappers) for name in names]
+        schemes = [scheme_of(name, self.scheme or DEFAULT, self.mappers) for name in names]
         for name, scheme in zip(names, schemes, strict=True):
             if scheme != schemes[0]:
                 raise SchemeError(

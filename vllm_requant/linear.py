@@ -10,8 +10,10 @@ from requant_kernels.dense_sparse import dispatch as dense_sparse
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.ops import dense_sparse_linear, run_dense_sparse, run_w8a8
 from requant_kernels.scheme import LayerScheme
+from requant_kernels.tensor_parallel import cut_groups
 from requant_kernels.w8a8 import dispatch as w8a8
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     RowParallelLinear,
@@ -19,20 +21,23 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_requant.dummy import dummy_w8a8, dummy_weight
-from vllm_requant.parameters import TENSORS, LayerLoader
+from vllm_requant.in_flight import unquantized
+from vllm_requant.parameters import QUANTIZED, TENSORS, LayerLoader
 from vllm_requant.sharding import LocalIndex
 
+_LOG = init_logger(__name__)
 UNIT_ROWS = 1024  # of the unit matrix, multiplied at a time
 
 
 class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """What both kinds of layers share. One instance per layer; ``names`` are the stored layers it is made of."""
+    """What both kinds of layers share. One instance per layer; ``names`` are the stored layers it is made of, which
+    ``in_flight`` are not quantized yet."""
 
     _dispatch: ModuleType  # prepare and warm_up of this kind
     _linear: Callable[..., torch.Tensor]  # and its operator
 
-    def __init__(self, scheme: LayerScheme, names: list[str]) -> None:
-        self.scheme, self.names = scheme, names
+    def __init__(self, scheme: LayerScheme, names: list[str], *, in_flight: bool = False) -> None:
+        self.scheme, self.names, self._in_flight = scheme, names, in_flight
 
     @abstractmethod
     def _dummy_weight(self) -> QuantizedLayer:
@@ -56,9 +61,16 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._max_tokens = config.scheduler_config.max_num_batched_tokens
         row_parallel = isinstance(layer, RowParallelLinear)
         index = LocalIndex(layer, self._shape, row_parallel, extra_weight_attrs["weight_loader"])
-        self._loader = LayerLoader(self.names, self.scheme, index, self._prepare)
+        form = unquantized(self._device) if self._in_flight else QUANTIZED
+        self._loader = LayerLoader(self.names, self.scheme, form, index, self._prepare)
+        if row_parallel:
+            self._tell_cuts(input_size, input_size_per_partition)
         for name in TENSORS:
             layer.register_parameter(name, self._loader.placeholder(name, params_dtype))
+
+    def _tell_cuts(self, columns: int, share: int) -> None:
+        if what := cut_groups(columns, self.scheme.weights.group_size, columns // share):
+            _LOG.warning_once("row-parallel layers: %s", what)
 
     def _prepare(self, weight: QuantizedLayer) -> None:
         self._prepared = self._dispatch.prepare(weight, self._dtype, self._device)

@@ -6,11 +6,12 @@ to this rank. Memory then holds the file's form of one layer at a time.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from requant_kernels.errors import CheckpointError
-from requant_kernels.layer import QuantizedLayer, kind_of
+from requant_kernels.layer import QuantizedLayer, kind_of, layer_from_tensors
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
 
@@ -33,14 +34,31 @@ TENSORS = {
 }
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a file holds of each layer of a scheme, by the last names of its tensors, and how they become the layer;
+    ``layer`` gets the layer's name too, and raises CheckpointError."""
+
+    tensors: Callable[[LayerScheme], tuple[str, ...]]
+    layer: Callable[[LayerScheme, dict[str, torch.Tensor], str], QuantizedLayer]
+
+
+QUANTIZED = Form(tensor_names, layer_from_tensors)
+
+
 class LayerLoader:
     """Collects one linear layer of the model, made of the stored layers ``names`` (several where vLLM fuses them)."""
 
     def __init__(
-        self, names: list[str], scheme: LayerScheme, index: LocalIndex, finish: Callable[[QuantizedLayer], None]
+        self,
+        names: list[str],
+        scheme: LayerScheme,
+        form: Form,
+        index: LocalIndex,
+        finish: Callable[[QuantizedLayer], None],
     ) -> None:
         """``finish`` gets the local weight once, as soon as it is whole."""
-        self._names, self._scheme, self._index, self._finish = names, scheme, index, finish
+        self._names, self._scheme, self._form, self._index, self._finish = names, scheme, form, index, finish
         self._arrived: dict[int, dict[str, torch.Tensor]] = {}
         self._parts: list[tuple[torch.Tensor, QuantizedLayer]] = []
         self._complete = False
@@ -61,7 +79,7 @@ class LayerLoader:
             return
         for position, name in enumerate(self._names):
             arrived = self._arrived.get(position, {})
-            for tensor_name in tensor_names(self._scheme):
+            for tensor_name in self._form.tensors(self._scheme):
                 if tensor_name not in arrived:
                     raise CheckpointError(f"{name}.{tensor_name}: missing in the checkpoint")
         raise CheckpointError(f"{', '.join(self._names)}: do not fill the model's layer")
@@ -69,7 +87,7 @@ class LayerLoader:
     def _load(self, tensor_name: str, tensor: torch.Tensor, shard: ShardId) -> None:
         position = _position(shard)
         where = f"{self._names[position]}.{tensor_name}"
-        expected = tensor_names(self._scheme)
+        expected = self._form.tensors(self._scheme)
         if tensor_name == "weight" and "weight" not in expected:
             raise CheckpointError(f"{where}: stored unquantized, but quantization_config does not ignore the layer")
         if tensor_name not in expected:
@@ -83,8 +101,7 @@ class LayerLoader:
             self._add_part(self._names[position], tensors, shard)
 
     def _add_part(self, name: str, tensors: dict[str, torch.Tensor], shard: ShardId) -> None:
-        kind = kind_of(self._scheme)
-        weight = kind.from_tensors(self._scheme, tensors, name)
+        weight = self._form.layer(self._scheme, tensors, name)
         for tensor_name in tensors:  # the names stay, to tell later what came; the memory goes
             tensors[tensor_name] = torch.empty(0)
         try:
@@ -97,7 +114,7 @@ class LayerLoader:
             self._parts.sort(key=lambda part: int(part[0][0]))
             parts: list[Any] = [part for _, part in self._parts]  # all of this kind
             try:
-                whole = kind.concat_rows(parts)
+                whole = kind_of(self._scheme).concat_rows(parts)
             except ValueError as error:
                 raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
             self._finish(whole)

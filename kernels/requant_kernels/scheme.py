@@ -137,6 +137,17 @@ class LayerScheme:
                 "activations: need weights of 8 bits, group_size -1, symmetric, without codebook or sparse part"
             )
 
+    def describe(self) -> str:
+        """In a few characters: 'w4 g64 asym + sparse'."""
+        weights, activations = self.weights, self.activations
+        more = (" + sparse" if self.sparse else "") + (" + bias" if self.bias_correction else "")
+        if activations:
+            kind = "" if activations.symmetric else " asym"
+            return f"w8a8 {'dynamic' if activations.dynamic else 'static'}{kind}{more}"
+        group = "row" if weights.group_size == -1 else f"g{weights.group_size}"
+        kind = "codebook" if weights.codebook else "sym" if weights.symmetric else "asym"
+        return f"w{weights.bits} {group} {kind}{more}"
+
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         data = _check_keys(cls, data, "scheme")

@@ -15,9 +15,9 @@ from requant.recipe import DEFAULT, Recipe, load_recipe
 from requant.report import LayerRow, Report, Totals
 from requant.stored import Defect
 from requant.texts import read_text
-from requant.validation import defects
+from requant.validation import defects, remarks
 
-__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize"]
+__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize", "tensor_parallel_remarks"]
 
 
 def quantize(
@@ -56,6 +56,12 @@ def check(folder: str | Path, tensor_parallel: Sequence[int] = ()) -> list[Defec
     """All that is wrong with a checkpoint, and each degree of tensor parallelism asked for that its shapes forbid;
     an empty list is a sound one. Needs no GPU, and reads one layer at a time."""
     return list(defects(existing(folder), tuple(tensor_parallel)))
+
+
+def tensor_parallel_remarks(folder: str | Path, degrees: Sequence[int]) -> list[str]:
+    """What degrees of tensor parallelism that ``check`` found nothing against do to a checkpoint's groups, which may
+    cost speed or memory but no accuracy."""
+    return list(remarks(existing(folder), tuple(degrees)))
 
 
 def inspect(folder: str | Path) -> tuple[list[LayerRow], Totals]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from requant_kernels.layer import QuantizedLayer
+from requant_kernels.rounding import rtn
+from requant_kernels.rounding.dense import attach_residual
 from requant_kernels.scheme import LayerScheme, WeightScheme
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,9 +23,8 @@ from requant.calibration import Windows
 from requant.detach import significant
 from requant.detach.choice import Budget, choose
 from requant.progress import track
-from requant.quantizers import awq, clip, kept, kmeans, rtn
+from requant.quantizers import awq, clip, kept, kmeans
 from requant.quantizers.bases import BASES, FixedRounding, Rounding, Task
-from requant.quantizers.dense import attach_residual
 from requant.quantizers.learned import LearnedRounding
 from requant.quantizers.rescaled import Rescaled
 from requant.recipe import Recipe
@@ -365,5 +366,5 @@ class CalibratedRun:
     def _stored(self, name: str, rounding: Rounding, masks: Masks) -> QuantizedLayer:
         dense, target = rounding.quantized()
         if self.schemes[name].activations:
-            return int8.from_dense(dense, self.schemes[name])
+            return dense.pack_w8a8(self.schemes[name])
         return attach_residual(target, dense, masks[name], self.dtype) if name in masks else dense.pack()

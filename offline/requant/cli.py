@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     check.add_argument("out", metavar="OUT")
     check.add_argument(
-        "--tp", type=_degrees, default=(), metavar="1,2,4", help="degrees of tensor parallelism to allow"
+        "--tp", type=_degrees, default=(), metavar="1,2,4", help="degrees of tensor parallelism that it must allow"
     )
 
     inspect = commands.add_parser("inspect", help="list the layers of a checkpoint", description=_inspect.__doc__)
@@ -138,7 +138,9 @@ def _check(arguments: argparse.Namespace) -> int:
         print(defect)
     if not found:
         degrees = "".join(f", tensor parallel {degree}" for degree in arguments.tp)
-        print(f"{arguments.out}: sound{degrees}")
+        print(
+            "\n".join([f"{arguments.out}: sound{degrees}", *api.tensor_parallel_remarks(arguments.out, arguments.tp)])
+        )
     return 1 if found else 0
 
 

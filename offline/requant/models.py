@@ -32,8 +32,8 @@ class Pair:
 @dataclass(frozen=True)
 class Architecture:
     """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with the
-    query and key projections and ends with the MLP's last. ``pairs``: in the order in which a block runs them.
-    ``norm_offset``: a norm multiplies by weight + norm_offset."""
+    query, key, value and output projections and ends with the MLP's last. ``pairs``: in the order in which a block runs
+    them. ``norm_offset``: a norm multiplies by weight + norm_offset."""
 
     blocks: str
     linears: tuple[str, ...]
@@ -44,6 +44,11 @@ class Architecture:
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+
+    @property
+    def row_parallel(self) -> tuple[str, str]:
+        """Whose columns tensor parallelism splits."""
+        return self.linears[3], self.linears[-1]
 
     @property
     def stages(self) -> list[tuple[str, ...]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.reference import dequantize
+from requant_kernels.rounding.dense import attach_residual
 from requant_kernels.scheme import CheckpointScheme, LayerScheme
 from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
@@ -24,7 +25,6 @@ from requant.model_card import model_card
 from requant.planning import fitted, plan
 from requant.progress import track
 from requant.quantizers.bases import DATA_FREE
-from requant.quantizers.dense import attach_residual
 from requant.recipe import Recipe
 from requant.report import LayerRow, Report, Totals
 from requant.sensitivity.store import Stores, offloaded
@@ -136,11 +136,11 @@ def quantize_layer(
     """weight [N, K] in the model's dtype -> the layer to store, without calibration."""
     target = weight.float()
     if per_tensor:
-        return int8.from_dense(int8.one_step(target, weight.dtype), scheme)
+        return int8.one_step(target, weight.dtype).pack_w8a8(scheme)
     mask = outliers.largest(target, recipe.outliers) if scheme.sparse else None
     dense = DATA_FREE[recipe.base](target, scheme.weights, dtype=weight.dtype, excluded=mask)
     if scheme.activations:
-        return int8.from_dense(dense, scheme)
+        return dense.pack_w8a8(scheme)
     return dense.pack() if mask is None else attach_residual(target, dense, mask, weight.dtype)
 
 

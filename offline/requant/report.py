@@ -55,16 +55,7 @@ class LayerRow:
 
     def describe(self) -> str:
         """The scheme in a few characters: 'w4 g64 asym + sparse'."""
-        if self.scheme is None:
-            return f"as it was: {self.reason}"
-        weights, activations = self.scheme.weights, self.scheme.activations
-        more = (" + sparse" if self.scheme.sparse else "") + (" + bias" if self.scheme.bias_correction else "")
-        if activations:
-            kind = "" if activations.symmetric else " asym"
-            return f"w8a8 {'dynamic' if activations.dynamic else 'static'}{kind}{more}"
-        group = "row" if weights.group_size == -1 else f"g{weights.group_size}"
-        kind = "codebook" if weights.codebook else "sym" if weights.symmetric else "asym"
-        return f"w{weights.bits} {group} {kind}{more}"
+        return self.scheme.describe() if self.scheme else f"as it was: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from requant.errors import InputError
 from requant.planning import split_fused
 from requant.sources import auto_config, resolve
 from requant.stored import Defect, StoredCheckpoint, open_checkpoint
-from requant.tensor_parallel import obstacles
+from requant.tensor_parallel import cut_groups, obstacles
 
 _SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOATS = {"BF16", "F16", "F32", "F64"}
@@ -67,6 +67,13 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
     yield from structural
     if contents:
         yield from _contents(stored, expected, {defect.what.split(":")[0] for defect in structural})
+
+
+def remarks(folder: Path, degrees: tuple[int, ...]) -> Iterator[str]:
+    """What each degree of tensor parallelism, which the sound checkpoint in ``folder`` allows, does to it."""
+    expected = Expected.of(open_checkpoint(folder))
+    for degree in degrees:
+        yield from cut_groups(expected.skeleton, expected.layers, degree)
 
 
 def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:

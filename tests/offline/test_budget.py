@@ -6,8 +6,9 @@ import pytest
 import torch
 from requant.budget import SLACK, Candidate, Losses, choose, entry_bits, fixed_bits
 from requant.errors import InputError
-from requant.quantizers import kmeans, rtn
-from requant.quantizers.dense import attach_residual
+from requant.quantizers import kmeans
+from requant_kernels.rounding import rtn
+from requant_kernels.rounding.dense import attach_residual
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 
 SCHEMES = [

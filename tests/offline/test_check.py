@@ -235,7 +235,14 @@ def test_two_defects_are_two_lines(checkpoint):
 @pytest.mark.parametrize(
     ("degree", "expected"),
     [
-        (3, ["self_attn.q_proj: 4 attention heads", "self_attn.k_proj: 2 key/value heads", "mlp.down_proj: its 128"]),
+        (
+            3,
+            [
+                "self_attn.q_proj: 4 attention heads",
+                "self_attn.k_proj: 2 key/value heads",
+                "mlp.down_proj: 128 inner",
+            ],
+        ),
         (4, []),  # the two key/value heads are copied
         (8, ["self_attn.q_proj: 4 attention heads"]),
     ],
@@ -246,6 +253,16 @@ def test_a_degree_that_is_not_possible_is_named_with_its_layers(degree, expected
     for line, part in zip(lines, expected, strict=True):
         assert line.startswith(f"config.json: model.layers.0.{part}")
         assert f"{degree} ranks" in line
+
+
+def test_groups_that_a_degree_cuts_are_told_and_are_no_defects(quantized, llama, tmp_path):
+    """Group 32: four ranks have 16 columns each of o_proj and 32 of down_proj."""
+    assert api.tensor_parallel_remarks(quantized, (1, 2)) == []
+    assert api.tensor_parallel_remarks(quantized, (4,)) == [
+        "model.layers.0.self_attn.o_proj and 1 more: 4 ranks of 16 columns cut groups of 32 into groups of 16"
+    ]
+    api.quantize(llama, tmp_path / "rows", Recipe(WeightScheme(4, -1)))
+    assert api.tensor_parallel_remarks(tmp_path / "rows", (4,)) == []
 
 
 def test_an_override_gives_one_layer_another_scheme(llama, tmp_path, checkpoint):

@@ -56,6 +56,13 @@ def test_check_prints_a_line_for_each_defect(quantized, capsys):
     assert all(line.startswith("config.json: model.layers.0.") for line in lines)
 
 
+def test_check_tells_what_a_degree_does_to_a_sound_checkpoint(quantized, capsys):
+    assert main(["check", str(quantized), "--tp", "4"]) == 0
+    sound, *remarks = capsys.readouterr().out.splitlines()
+    assert sound == f"{quantized}: sound, tensor parallel 4"
+    assert remarks == api.tensor_parallel_remarks(quantized, (4,))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -9,10 +9,10 @@ from requant import api
 from requant.detach import outliers
 from requant.models import ARCHITECTURES
 from requant.pipeline import REPORT_FILE
-from requant.quantizers import rtn
-from requant.quantizers.dense import attach_residual
 from requant.recipe import Recipe
 from requant_kernels.reference import dequantize
+from requant_kernels.rounding import rtn
+from requant_kernels.rounding.dense import attach_residual
 from requant_kernels.scheme import WeightScheme
 from safetensors import safe_open
 from safetensors.torch import load_file

@@ -29,8 +29,10 @@ _COMMON = _SIZES | _TOKENS | {"max_position_embeddings": 256, "tie_word_embeddin
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_COMMON, num_key_value_heads=2, intermediate_size=384),
-    # biases of q, k, v; one key/value head, which every rank must get
-    "qwen2": Qwen2Config(**_COMMON, num_key_value_heads=1, intermediate_size=384),
+    # biases of q, k, v; one key/value head, which every rank must get; twelve others, for four ranks too
+    "qwen2": Qwen2Config(
+        **_COMMON | {"hidden_size": 384, "num_attention_heads": 12}, num_key_value_heads=1, intermediate_size=384
+    ),
     # q, k, v and gate, up are fused in the file already
     "phi3": Phi3Config(**_COMMON, num_key_value_heads=2, intermediate_size=384),
     # biases everywhere, plain column-parallel layers

@@ -30,7 +30,7 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The results of ``jobs``, in order; engines of one rank run inside one process, which saves their start-up."""
     folder.mkdir()
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
-    parallel = any(job.get("tensor_parallel_size", 1) > 1 for job in jobs)
+    parallel = any(_processes(job) > 1 for job in jobs)
     settings = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(parallel))}
     command = [sys.executable, "-m", "tests.vllm_requant.engine", str(folder / "jobs.json"), str(folder / "results.pt")]
     done = subprocess.run(command, cwd=ROOT, env=settings, text=True, capture_output=True, check=False)
@@ -39,11 +39,15 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     return torch.load(folder / "results.pt")
 
 
+def _processes(job: dict[str, Any]) -> int:
+    return job.get("tensor_parallel_size", 1) * job.get("pipeline_parallel_size", 1)
+
+
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     prompts = job.pop("prompts", [])
-    backend = "mp" if job.get("tensor_parallel_size", 1) > 1 else "uni"
+    backend = "mp" if _processes(job) > 1 else "uni"
     try:
         llm = LLM(**COMMON | {"distributed_executor_backend": backend} | job)
     except Exception as error:

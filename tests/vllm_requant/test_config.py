@@ -1,9 +1,14 @@
 """quantization_config -> a method for every layer, or one line that says why not."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from requant_kernels.errors import SchemeError
-from requant_kernels.scheme import CheckpointScheme, LayerScheme, WeightScheme
+from requant_kernels.scheme import CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.tensor_parallel import Shape, obstacles
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -14,9 +19,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
+from tests.vllm_requant.checkpoints import CONFIGS
 from vllm_requant import names
 from vllm_requant.config import RequantConfig
 from vllm_requant.linear import DenseSparseLinearMethod
+from vllm_requant.tensor_parallel import refuse_degree
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
 QKV, BLOCK = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn"
@@ -130,3 +137,88 @@ def test_a_name_that_cannot_be_traced_is_refused():
     mapper = WeightsMapper(orig_to_new_suffix={"fc1": "up_proj"}, orig_to_new_substr={"up_proj": "gate"})
     with pytest.raises(SchemeError, match=r"^model\.layers\.0\.up_proj: vLLM renames this layer"):
         names.original_names("model.layers.0.up_proj", [mapper])
+
+
+# -- models that are rounded in flight --
+
+
+def linear(columns: int) -> torch.nn.Module:
+    one = layer(ColumnParallelLinear)
+    one.__dict__["input_size"] = columns
+    return one
+
+
+@pytest.mark.parametrize(("columns", "group_size"), [(4096, 64), (576, 64), (96, 32), (72, -1)])
+def test_without_a_scheme_the_largest_group_that_divides_is_taken(columns, group_size):
+    method = RequantConfig().get_quant_method(linear(columns), f"{BLOCK}.o_proj")
+    assert method.scheme == LayerScheme(WeightScheme(4, group_size, symmetric=False))
+
+
+def test_the_output_layer_and_embeddings_stay_as_they_are_in_flight(folder):
+    asked = config()
+    asked.maybe_update_config(str(folder({})))
+    for one in (RequantConfig(), asked):
+        assert one.get_quant_method(layer(ParallelLMHead), "lm_head") is None
+        assert one.get_quant_method(layer(VocabParallelEmbedding), "model.embed_tokens") is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder with nothing but its config.json."""
+
+    def make(content):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return make
+
+
+def test_a_scheme_that_no_file_declares_is_one_to_round_by(folder):
+    asked = config()
+    asked.maybe_update_config(str(folder({"model_type": "llama"})))
+    assert asked.in_flight
+    declared = config()
+    declared.maybe_update_config(str(folder({"quantization_config": declared.scheme.to_dict()})))
+    assert not declared.in_flight
+
+
+@pytest.mark.parametrize(
+    ("scheme", "columns", "message"),
+    [
+        (W4, 96, "group_size 64 does not divide in_features 96"),
+        (LayerScheme(WeightScheme(4, 64), SparseScheme()), 128, "a sparse part can not be had by rounding alone"),
+    ],
+    ids=["group", "sparse"],
+)
+def test_what_rounding_alone_can_not_make_is_refused_by_name(scheme, columns, message, folder):
+    asked = RequantConfig(CheckpointScheme(scheme))
+    asked.maybe_update_config(str(folder({})))
+    with pytest.raises(SchemeError, match=rf"^{BLOCK}\.o_proj: {message}"):
+        asked.get_quant_method(linear(columns), f"{BLOCK}.o_proj")
+
+
+# -- tensor parallelism --
+
+
+@pytest.mark.parametrize(
+    ("kind", "degree", "field"),
+    [("llama", 3, "key_value_heads"), ("llama", 2, None), ("qwen2", 4, None), ("opt", 5, "width")],
+)
+def test_a_degree_is_refused_in_the_words_of_check(kind, degree, field, tmp_path):
+    model = CONFIGS[kind]
+    model.save_pretrained(tmp_path)
+    shape = Shape(
+        model.num_attention_heads,
+        getattr(model, "num_key_value_heads", model.num_attention_heads),
+        getattr(model, "ffn_dim", None) or model.intermediate_size,
+    )
+    current = SimpleNamespace(
+        model_config=ModelConfig(str(tmp_path), skip_tokenizer_init=True),
+        parallel_config=SimpleNamespace(tensor_parallel_size=degree),
+    )
+    if field is None:
+        refuse_degree(current)
+        return
+    with pytest.raises(SchemeError, match=r"^tensor parallelism: ") as refusal:
+        refuse_degree(current)
+    assert obstacles(shape, degree)[field] in str(refusal.value)

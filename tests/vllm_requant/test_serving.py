@@ -1,10 +1,13 @@
 """Whole models in vLLM: their log-probabilities are those of transformers on the decoded weights."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from requant import api
+from requant.recipe import Override, Recipe
 from requant_kernels.dense_sparse import int4_panels
 from requant_kernels.scheme import (
     W8A8_WEIGHTS,
@@ -14,6 +17,7 @@ from requant_kernels.scheme import (
     SparseScheme,
     WeightScheme,
 )
+from requant_kernels.tensor_parallel import cut_groups
 
 from tests.vllm_requant.checkpoints import CONFIGS, decoded, edit, quantize, random_model
 from tests.vllm_requant.engine import run_jobs
@@ -82,10 +86,30 @@ def w8a8(folder, mixed) -> Path:
     return quantize(folder / "llama", folder / "llama-w8a8", W8A8)
 
 
+# What rounding alone makes of two models: as --quantization requant chooses it, and as --hf-overrides asks for it.
+ROUNDED_ALONE = {
+    "in flight": ("opt", Recipe(WeightScheme(4, 64, symmetric=False))),
+    "in flight by overrides": (
+        "qwen2",
+        Recipe(
+            WeightScheme(3, 32), overrides={r".*down_proj": Override(WeightScheme(8, -1))}, ignore=(r".*1\..*o_proj",)
+        ),
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def expected(folder, mixed, uniform, w8a8) -> dict[str, list[torch.Tensor]]:
+def rounded(folder, mixed) -> dict[str, Path]:
+    """The checkpoints that `requant quantize` makes."""
+    for name, (kind, recipe) in ROUNDED_ALONE.items():
+        api.quantize(folder / kind, folder / name, recipe)
+    return {name: folder / name for name in ROUNDED_ALONE}
+
+
+@pytest.fixture(scope="module")
+def expected(folder, mixed, uniform, w8a8, rounded) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
-    checkpoints = mixed | {"uniform": uniform, "w8a8": w8a8}
+    checkpoints = mixed | rounded | {"uniform": uniform, "w8a8": w8a8}
     return {name: _logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
 
 
@@ -132,13 +156,18 @@ TAMPERED = {
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder, mixed, uniform, w8a8) -> dict[str, dict]:
+def one_rank(folder, mixed, uniform, w8a8, rounded) -> dict[str, dict]:
     common = {"enforce_eager": True, "prompts": PROMPTS}
     jobs = {kind: common | {"model": path, "dtype": "float32"} for kind, path in mixed.items()}
     jobs["bfloat16"] = common | {"model": uniform, "dtype": "bfloat16"}
     jobs["by flag"] = common | {"model": uniform, "dtype": "float32", "quantization": "requant"}
     jobs["w8a8"] = common | {"model": w8a8, "dtype": "float32"}
     jobs["dummy"] = common | {"model": mixed["llama"], "dtype": "bfloat16", "load_format": "dummy"}
+    jobs["in flight"] = common | {"model": folder / "opt", "dtype": "float32", "quantization": "requant"}
+    asked = json.loads((rounded["in flight by overrides"] / "config.json").read_text())["quantization_config"]
+    overrides = {"hf_overrides": {"quantization_config": asked}}
+    jobs["in flight by overrides"] = common | {"model": folder / "qwen2", "dtype": "float32"} | overrides
+    jobs["in flight, dummy"] = jobs["in flight"] | {"load_format": "dummy"}
     for name, (change, _) in TAMPERED.items():
         bad = edit(uniform, folder / f"tampered {name}", change)
         jobs[name] = {"model": bad, "dtype": "float32", "enforce_eager": True}
@@ -164,8 +193,20 @@ def test_int8_layers_of_every_kind_beside_4_bit_ones(one_rank, expected):
     assert_equal(one_rank["w8a8"], expected["w8a8"], atol=ROUNDED)
 
 
-def test_dummy_weights_are_served(one_rank):
-    assert all(torch.isfinite(logprobs).all() for logprobs in one_rank["dummy"]["logprobs"])
+@pytest.mark.parametrize("name", ["dummy", "in flight, dummy"])
+def test_dummy_weights_are_served(name, one_rank):
+    assert all(torch.isfinite(logprobs).all() for logprobs in one_rank[name]["logprobs"])
+
+
+@pytest.mark.parametrize("name", ROUNDED_ALONE)
+def test_an_unquantized_model_is_rounded_to_what_a_checkpoint_would_be(name, one_rank, expected):
+    assert_equal(one_rank[name], expected[name], atol=1e-5)
+
+
+def test_the_log_says_how_layers_are_rounded_once(one_rank, folder):
+    log = (folder / "one rank" / "log").read_text()
+    for scheme in ("w4 g64 asym", "w3 g32 sym", "w8 row sym"):
+        assert log.count(f"rounded to nearest while they are loaded: {scheme}") == 1
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -173,7 +214,7 @@ def test_a_tampered_checkpoint_is_refused_by_name(name, one_rank):
     assert re.search(TAMPERED[name][1], one_rank[name].get("error", "it was served"))
 
 
-# -- several ranks, and the compiler --
+# -- several ranks, several stages, and the compiler --
 
 
 @pytest.fixture(scope="module")
@@ -181,20 +222,35 @@ def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
     common = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS}
     jobs = [
         common | {"model": mixed["llama"], "tensor_parallel_size": 2},
-        # one key/value head, which all three need
+        # one key/value head, which all ranks need
         common | {"model": mixed["qwen2"], "tensor_parallel_size": 3},
+        common | {"model": mixed["qwen2"], "tensor_parallel_size": 4},
         common | {"model": w8a8, "tensor_parallel_size": 2},
+        # on a CPU, vLLM makes the buffer of a later stage while it compiles: no eager mode
+        common
+        | {"model": mixed["llama"], "pipeline_parallel_size": 2}
+        | {"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}},
     ]
-    return dict(zip((2, 3, "w8a8"), run_jobs(jobs, folder / "ranks"), strict=True))
+    return dict(zip((2, 3, 4, "w8a8", "stages"), run_jobs(jobs, folder / "ranks"), strict=True))
 
 
-@pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2")])
+@pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2"), (4, "qwen2")])
 def test_several_ranks_say_what_one_says(size, kind, ranks, one_rank):
     assert_equal(ranks[size], one_rank[kind]["logprobs"], atol=1e-5)
 
 
+def test_the_log_says_what_four_ranks_do_to_groups_in_the_words_of_check(ranks, folder):
+    log = (folder / "ranks" / "log").read_text()
+    for group_size in (64, 128):
+        assert log.count(cut_groups(384, group_size, 4)) == 1
+
+
 def test_int8_layers_on_two_ranks(ranks, one_rank):
     assert_equal(ranks["w8a8"], one_rank["w8a8"]["logprobs"], atol=ROUNDED)
+
+
+def test_two_stages_say_what_one_says(ranks, one_rank):
+    assert_equal(ranks["stages"], one_rank["llama"]["logprobs"], atol=1e-5)
 
 
 def test_the_compiled_model_says_what_the_eager_one_says(uniform, one_rank, folder):

@@ -1,20 +1,9 @@
-"""Rounded weights of 8 bits -> W8A8 layers."""
+"""Rounding to 8 bits with one step for a whole matrix."""
 
 import torch
-from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme
-from requant_kernels.w8a8.weight import W8A8Weight
-
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
-
-
-def from_dense(dense: QuantizedDense, scheme: LayerScheme) -> W8A8Weight:
-    """A layer without a bias correction, whose input step, if ``scheme`` has static ones, is still to be found. dense:
-    one step a row."""
-    assert dense.scheme == W8A8_WEIGHTS
-    assert dense.scale is not None
-    codes = (dense.codes.to(torch.int16) - W8A8_WEIGHTS.midpoint).to(torch.int8)
-    return W8A8Weight(LayerScheme(W8A8_WEIGHTS, activations=scheme.activations), codes, dense.scale.flatten())
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
+from requant_kernels.scheme import W8A8_WEIGHTS
 
 
 def one_step(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedDense:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import ActivationScheme, LayerScheme, WeightScheme
 from torch import nn
 
@@ -13,7 +14,6 @@ from requant.aweq.error import token_weights, weighted_error
 from requant.aweq.installed import RoundInput
 from requant.aweq.settings import RangeMethod
 from requant.aweq.static_range import static_range
-from requant.quantizers import rtn
 from requant.walk import hooked, run_block
 
 TOKENS = 512  # on which choices are compared: the order of errors is plain long before more tokens

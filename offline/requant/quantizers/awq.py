@@ -7,11 +7,11 @@ minimises is that of the layers' outputs, computed exactly from the second momen
 from collections.abc import Sequence
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.rtn import quantize as round_to_nearest
 from requant_kernels.scheme import WeightScheme
 
 from requant.quantizers import clip
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.rtn import quantize as round_to_nearest
 from requant.statistics import InputStatistics
 
 ALPHAS = tuple(step / 20 for step in range(20))

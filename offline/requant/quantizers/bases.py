@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from requant_kernels.rounding import rtn
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
 from torch import nn
 
-from requant.quantizers import awq, clip, gptq, kmeans, rtn
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
+from requant.quantizers import awq, clip, gptq, kmeans
 from requant.quantizers.learned import LearnedRounding
 from requant.quantizers.rescaled import Rescaled
 from requant.statistics import InputStatistics

@@ -1,10 +1,9 @@
 """Clip search: the group ranges that round best, among a fixed list of shrunken ones (the field's MSE observer)."""
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
-
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
 
 SHRINK = tuple(1 - step / 32 for step in range(20))  # down to 0.41 of the full range
 

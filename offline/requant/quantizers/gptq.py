@@ -5,9 +5,8 @@ rounding error, as the outliers of SpQR (arXiv 2306.03078); they still move with
 """
 
 import torch
-
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
 
 BLOCK = 128
 

@@ -1,10 +1,10 @@
 """How a rounding is kept between two runs, as plain tensors, and made again from them."""
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
 from requant_kernels.scheme import WeightScheme
 
 from requant.quantizers.bases import FixedRounding, Rounding
-from requant.quantizers.dense import QuantizedDense
 from requant.quantizers.learned import LearnedRounding
 
 _DENSE = ("codes", "scale", "zero_points", "codebook")

@@ -4,10 +4,9 @@ All rows at once: each is sorted once, after which cluster sums are differences 
 """
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
-
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
 
 ITERATIONS = 50
 STARTS = (0.0, 1 / 3, 2 / 3)  # 1/3 is how the levels of an optimal fine quantizer are spaced

@@ -6,11 +6,10 @@ the identity in the backward pass. Excluded entries (ours) are trainable values 
 """
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid, storable_scale
 from requant_kernels.scheme import WeightScheme
 from torch import nn
-
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid, storable_scale
 
 FACTORS = (0.2, 2.0)  # of the initial ranges or steps: a scale of zero would have no gradient that leads back
 

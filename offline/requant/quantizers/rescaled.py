@@ -7,10 +7,10 @@ while a few numbers per group learn from the whole model. Sparse values are ours
 from dataclasses import replace
 
 import torch
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import storable_scale
 from torch import nn
 
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import storable_scale
 from requant.quantizers.learned import FACTORS, through
 
 

@@ -5,13 +5,12 @@ from copy import deepcopy
 import pytest
 import torch
 from requant import models
-from requant.aweq import int8
 from requant.aweq.settings import Activations
 from requant.aweq.settle import Settler, Side
 from requant.errors import InputError
-from requant.quantizers import rtn
 from requant.walk import block_calls, run_block
 from requant_kernels.reference import linear as reference_linear
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, WeightScheme
 
 from tests.offline.aweq.tiny import tiny_model
@@ -35,7 +34,7 @@ class Case:
 
     def round(self, name):
         dense = rtn.quantize(self.block.get_submodule(name).weight, self.scheme.weights, dtype=torch.float32)
-        return int8.from_dense(dense, self.scheme) if self.scheme.activations else dense.pack()
+        return dense.pack_w8a8(self.scheme) if self.scheme.activations else dense.pack()
 
     def settle(self):
         original, quantized = (Side(block, self.hidden, self.keywords) for block in (self.original, self.block))

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from requant.quantizers import awq
-from requant.quantizers.rtn import quantize as round_to_nearest
 from requant.statistics import InputStatistics
+from requant_kernels.rounding.rtn import quantize as round_to_nearest
 from requant_kernels.scheme import WeightScheme
 
 SCHEME = WeightScheme(3, 32, False)

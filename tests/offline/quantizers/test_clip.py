@@ -1,7 +1,8 @@
 import pytest
 import torch
-from requant.quantizers import clip, rtn
-from requant.quantizers.grid import Grid
+from requant.quantizers import clip
+from requant_kernels.rounding import rtn
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from requant.quantizers import clip
-from requant.quantizers.grid import Grid
 from requant.quantizers.learned import LearnedRounding
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from requant.quantizers import rtn
 from requant.quantizers.rescaled import Rescaled
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import WeightScheme
 
 

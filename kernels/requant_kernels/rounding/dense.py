@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+
 from requant_kernels.reference import dequantize_dense
-from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
+from requant_kernels.w8a8.weight import W8A8Weight
 from requant_kernels.weight import DenseSparseWeight
 
 
@@ -29,6 +31,14 @@ class QuantizedDense:
             codebook=self.codebook,
             sparse=sparse,
         )
+
+    def pack_w8a8(self, scheme: LayerScheme) -> W8A8Weight:
+        """Of 8 bits and one step a row: a layer without a bias correction, whose input step, if ``scheme`` has static
+        ones, is still to be found."""
+        assert self.scheme == W8A8_WEIGHTS
+        assert self.scale is not None
+        codes = (self.codes.to(torch.int16) - W8A8_WEIGHTS.midpoint).to(torch.int8)
+        return W8A8Weight(LayerScheme(W8A8_WEIGHTS, activations=scheme.activations), codes, self.scale.flatten())
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [N, K], by the reference."""

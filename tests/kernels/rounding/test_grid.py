@@ -1,6 +1,6 @@
 import pytest
 import torch
-from requant.quantizers.grid import Grid
+from requant_kernels.rounding.grid import Grid
 from requant_kernels.scheme import WeightScheme
 
 

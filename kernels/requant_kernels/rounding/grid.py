@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 import torch
-from requant_kernels.scheme import WeightScheme
 
-from requant.quantizers.dense import QuantizedDense
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.scheme import WeightScheme
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from requant.quantizers import rtn
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import SchemeError, WeightScheme
 
 SCHEMES = [

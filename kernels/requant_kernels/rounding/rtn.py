@@ -1,10 +1,10 @@
 """Round to nearest: the code whose level is closest, group by group, without data. Ours; the field's baseline."""
 
 import torch
-from requant_kernels.scheme import WeightScheme
 
-from requant.quantizers.dense import QuantizedDense
-from requant.quantizers.grid import Grid
+from requant_kernels.rounding.dense import QuantizedDense
+from requant_kernels.rounding.grid import Grid
+from requant_kernels.scheme import WeightScheme
 
 
 def quantize(

@@ -1,0 +1,39 @@
+"""What a degree of tensor parallelism does to a model in vLLM, in the words that `requant check --tp` and the server
+share."""
+
+from dataclasses import dataclass
+from math import gcd
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What vLLM splits: attention by heads (key/value heads are copied where there are fewer than ranks), the MLP by
+    its inner ``width``. Embeddings are padded and forbid nothing."""
+
+    heads: int
+    key_value_heads: int
+    width: int
+
+
+def obstacles(shape: Shape, degree: int) -> dict[str, str]:
+    """What can not be split over ``degree`` ranks: the field of ``shape`` -> why. Empty where all can."""
+    heads, key_value_heads, width = shape.heads, shape.key_value_heads, shape.width
+    found = {}
+    if heads % degree:
+        found["heads"] = f"{heads} attention heads can not be split over {degree} ranks"
+    if key_value_heads % degree and degree % key_value_heads:
+        found["key_value_heads"] = (
+            f"{key_value_heads} key/value heads can be neither split over nor copied to {degree} ranks"
+        )
+    if width % degree:
+        found["width"] = f"{width} inner channels can not be split over {degree} ranks"
+    return found
+
+
+def cut_groups(columns: int, group_size: int, degree: int) -> str | None:
+    """What becomes of groups of ``group_size`` columns where ``degree`` ranks share a layer's ``columns``, which they
+    divide; None where no group is cut. The numbers stay the same, but not every packed operator takes small groups."""
+    share = columns // degree
+    if group_size == -1 or share % group_size == 0:
+        return None
+    return f"{degree} ranks of {share} columns cut groups of {group_size} into groups of {gcd(group_size, share)}"
