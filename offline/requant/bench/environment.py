@@ -2,12 +2,15 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from requant.server import CPU_ENVIRONMENT
 
 PACKAGES = ("vllm-requant", "torch", "transformers", "triton")
 # vLLM's builds are distributions of different names.
@@ -26,8 +29,13 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {"vllm": _version(*VLLM_NAMES)} | {name: _version(name) for name in PACKAGES},
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
+        "environment": _settings(CPU_ENVIRONMENT | dict(os.environ)),
     }
+
+
+def _settings(variables: Mapping[str, str]) -> dict[str, str]:
+    """Without keys, which are nobody else's business."""
+    return {name: value for name, value in sorted(variables.items()) if name.startswith(SETTINGS) and "KEY" not in name}
 
 
 def _version(*names: str) -> str | None:

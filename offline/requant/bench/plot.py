@@ -40,7 +40,7 @@ def draw(results: Results, path: Path) -> None:
         axes.set_title(f"{kind}: {shape.input} tokens in, {shape.output} out")
         axes.set_xlabel("streams")
         axes.set_ylabel("tokens/s" if kind == "decode" else "tokens/s, prompts included")
-    axes.legend(fontsize="small")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=150)
 
 

@@ -87,8 +87,12 @@ def test_an_unanswered_request_is_an_error():
         checked(whole | {"total_output_tokens": 1535}, DECODE.work, Path("log"))
 
 
-def test_where_it_was_measured():
+def test_where_it_was_measured(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     found = environment()
+    assert found["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert "secret" not in found["environment"].values()
     json.dumps(found)
     assert found["cores"] >= 1
     assert {"vllm", "vllm-requant", "torch", "transformers"} <= set(found["versions"])
