@@ -5,8 +5,6 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from requant.bench.environment import environment
 from requant.bench.measure import measure, settings
 from requant.bench.models import parse_all
@@ -48,12 +46,14 @@ def run(arguments: argparse.Namespace) -> None:
     models = parse_all([arguments.out, *arguments.against])
     _check(arguments)
     works = workloads(arguments.workloads, arguments.streams)
-    serving = [*settings(works, len(models), torch.cuda.is_available()), *arguments.vllm]
-    where = environment() | {"settings": serving}
+    where = environment()
+    serving = [*settings(works, len(models), gpu=bool(where["gpus"])), *arguments.vllm]
     results = measure(models, works, arguments.repetitions, serving)
     print(markdown(results))
     if arguments.json:
-        arguments.json.write_text(json.dumps({**results.to_dict(), **where}, indent=1), encoding="utf-8")
+        arguments.json.write_text(
+            json.dumps({**results.to_dict(), **where, "settings": serving}, indent=1), encoding="utf-8"
+        )
     if arguments.plot:
         draw(results, arguments.plot)
 

@@ -8,8 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from requant.server import CPU_ENVIRONMENT
 
 PACKAGES = ("vllm-requant", "torch", "transformers", "triton")
@@ -20,6 +18,8 @@ SETTINGS = ("VLLM_", "OMP_", "MKL_", "CUDA_VISIBLE_DEVICES", "TORCH")
 
 def environment() -> dict[str, Any]:
     """JSON. ``load`` is that of other work, where it is called before the servers start."""
+    import torch  # here: it takes seconds, and `requant --help` comes this way
+
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
