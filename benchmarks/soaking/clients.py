@@ -86,11 +86,11 @@ async def cancel(http: ClientSession, target: Target, rng: Random) -> None:
 
 
 async def oversized(http: ClientSession, target: Target, rng: Random) -> None:
-    """A prompt that is too long, or one that leaves no room for the answer."""
-    prompt = target.tokens(rng, target.max_model_len + rng.choice((-8, 1, 500)))
+    """A prompt that leaves no room for an answer. One that leaves some is answered in part, and is no error."""
+    prompt = target.tokens(rng, target.max_model_len + rng.choice((0, 1, 500)))
     body = {"model": target.model, "prompt": prompt, "max_tokens": 16}
     async with http.post(target.completions, json=body) as reply:
-        _expect_refusal("oversized", reply.status, await reply.text())
+        _expect_refusal("oversized", reply.status)
 
 
 async def malformed(http: ClientSession, target: Target, rng: Random) -> None:
@@ -115,7 +115,7 @@ async def malformed(http: ClientSession, target: Target, rng: Random) -> None:
     )
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     async with http.post(target.completions, data=data, headers={"Content-Type": "application/json"}) as reply:
-        _expect_refusal(f"malformed {data[:120]!r}", reply.status, await reply.text())
+        _expect_refusal(f"malformed {data[:120]!r}", reply.status)
 
 
 # How often each comes, relative to the others.
@@ -127,6 +127,6 @@ def _check_length(what: str, usage: dict[str, int], body: dict[str, Any]) -> Non
         raise Unexpected(f"{what}: {usage['completion_tokens']} tokens, not {body['max_tokens']}")
 
 
-def _expect_refusal(what: str, status: int, text: str) -> None:
+def _expect_refusal(what: str, status: int) -> None:
     if not 400 <= status < 500:
-        raise Unexpected(f"{what}: {status} {text[:200]}")
+        raise Unexpected(f"{what}: answered with {status}, not refused")

@@ -1,6 +1,7 @@
 """What must hold at the end, and a line for whatever does not."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 # vLLM's own level, a traceback, or an access log line with a status of 500 and more
@@ -32,7 +33,9 @@ def failures(
     log: str,
 ) -> list[str]:
     """Empty where everything held."""
-    found = [f"{count} x {message}" for message, count in unexpected.items()]
+    found = [f"{count} x {message}" for message, count in Counter(unexpected).most_common(SHOWN)]
+    if len(unexpected) > SHOWN:
+        found.append(f"and {len(unexpected) - SHOWN} other kinds of answers that were not expected")
     if growth_mb > bound_mb:
         found.append(f"memory grew by {growth_mb:.1f} MB after warm-up, more than {bound_mb:.1f}")
     found += [f"after everyone had left: {name} is {value:g}" for name, value in left_busy.items()]

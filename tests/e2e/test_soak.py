@@ -79,3 +79,8 @@ def test_a_line_for_whatever_does_not_hold():
         "1 errors in the server's log, such as\n  ERROR",
         *other,
     ]
+    many = failures(**fine | {"unexpected": {f"stream: {number}": number for number in range(1, 9)}})
+    assert many == [
+        *(f"{number} x stream: {number}" for number in range(8, 3, -1)),
+        "and 3 other kinds of answers that were not expected",
+    ]
