@@ -51,7 +51,7 @@ def marked(mark: str) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes through /proc")
-def test_ctrl_c_leaves_no_process(micro_llama):
+def test_ctrl_c_leaves_no_process(micro_llama, ctrl_c):
     mark = uuid4().hex
     command = [sys.executable, "-m", "requant.cli", "bench", str(micro_llama), *TINY, *SERVE]
     environment = os.environ | {"REQUANT_TEST_MARK": mark}

@@ -34,7 +34,7 @@ def servers_of(log: Path) -> list[int]:
 
 @pytest.mark.server
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds processes through /proc")
-def test_ctrl_c_leaves_no_process(micro_llama, tmp_path):
+def test_ctrl_c_leaves_no_process(micro_llama, tmp_path, ctrl_c):
     log = tmp_path / "server.log"
     command = [sys.executable, "-c", SERVE_UNTIL_INTERRUPTED, micro_llama, log]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as user:
