@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# What `make demo` leaves, and `make bench` compares.
+SMALL := demo/SmolLM2-135M-Instruct
 
 .PHONY: demo test lint aot bench clean
 
@@ -11,6 +13,9 @@ $(READY): pyproject.toml tools/install.py
 	@touch $@
 
 demo: $(READY)
+	$(BIN)/python tools/demo.py
+
+$(SMALL)-requant-w4/config.json: | $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
@@ -24,8 +29,8 @@ lint: $(READY)
 aot: $(READY)
 	$(BIN)/python -m requant_kernels.aot
 
-bench: $(READY)
-	$(BIN)/python benchmarks/serve.py
+bench: $(READY) $(SMALL)-requant-w4/config.json
+	$(BIN)/requant bench $(SMALL)-requant-w4 --against $(SMALL)
 
 clean:
 	rm -rf .venv demo build dist *.egg-info

@@ -1,5 +1,7 @@
 """Shared by the whole suite: reproducible property tests, the fixture model."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -31,3 +33,12 @@ def micro_llama() -> Path:
 def persuasion() -> Path:
     """Held-out public-domain prose."""
     return FIXTURES / "persuasion.txt"
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Children can be interrupted: a shell that runs the suite in the background makes all of them ignore SIGINT, and
+    what a process handles is not ignored by its children."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)

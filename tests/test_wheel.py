@@ -58,3 +58,9 @@ def test_a_model_is_quantized_outside_the_checkout(site, tmp_path, micro_llama):
     assert done.returncode == 0, done.stderr
     done = run(site, *module, "check", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bench_is_a_command_of_the_wheel(site, tmp_path):
+    done = run(site, "-m", "requant.cli", "bench", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--against" in done.stdout

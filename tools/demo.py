@@ -10,14 +10,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from openai import OpenAI
-
-from vllm_requant.server import serve
+from requant.server import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "tests" / "fixtures" / "persuasion.txt"
@@ -93,11 +91,10 @@ def run(folder: Path) -> None:
     measure(folder, model, quantized)
     say("4/5 vllm serve --quantization requant")
     log = folder / "server.log"
-    started = time.monotonic()
     arguments = ("--quantization", "requant", "--max-model-len", "2048", "--enforce-eager")
-    with serve(quantized, *arguments, log=log, waiting=show_waiting) as url:
-        print(f"\nready after {time.monotonic() - started:.0f} s at {url} (log: {log})")
-        ask(url)
+    with serve(quantized, *arguments, log=log, waiting=show_waiting) as server:
+        print(f"\nready after {server.startup_seconds:.0f} s at {server.url} (log: {log})")
+        ask(server.url)
     say("5/5 sizes")
     summary = json.loads(requant("inspect", str(quantized), "--json", capture=True))["total"]
     print(f"{summary['bits_per_weight']:.2f} true bits a weight in {summary['layers']} linear layers", end=", ")

@@ -14,7 +14,9 @@ from requant_kernels.errors import CheckpointError, SchemeError
 
 from requant import options, settings
 from requant import recipe as recipes
+from requant.bench import command as bench
 from requant.errors import InputError
+from requant.server import ServerError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _terminate)  # so that unfinished folders are removed
     try:
         return int(arguments.run(arguments) or 0)
-    except (InputError, SchemeError, CheckpointError) as error:
+    except (InputError, SchemeError, CheckpointError, ServerError) as error:
         line = str(error)
     except OSError as error:
         line = f"{error.filename or 'input/output'}: {error.strerror or error}"
@@ -64,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--tokens", type=int, metavar="N", help="use no more than the first N tokens")
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    bench.add(commands)
 
     demo = commands.add_parser("demo-model", help="write the demo's model", description=_demo_model.__doc__)
     demo.set_defaults(run=_demo_model)

@@ -3,17 +3,16 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from openai import BadRequestError, OpenAI
+from requant.server import ServerError, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from vllm_requant.server import ServerError, serve
+from tests.e2e.conftest import requant
 
 pytestmark = pytest.mark.server
 
@@ -21,23 +20,11 @@ SEQLEN, WINDOWS = 256, 16
 SERVE = ("--enforce-eager", "--max-model-len", "512")
 
 
-def requant(*arguments: str | Path) -> str:
-    command = [sys.executable, "-m", "requant.cli", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, micro_llama) -> Path:
-    out = tmp_path_factory.mktemp("quantized") / "micro-llama-w4"
-    requant("quantize", micro_llama, "-o", out, "--bits", "4", "--group-size", "64", "--outliers", "0.5%")
-    return out
-
-
 @pytest.fixture(scope="module")
 def client(checkpoint, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serve(checkpoint, "--quantization", "requant", "--served-model-name", "micro", *SERVE, log=log) as url:
-        yield OpenAI(base_url=f"{url}/v1", api_key="none")
+    with serve(checkpoint, "--quantization", "requant", "--served-model-name", "micro", *SERVE, log=log) as server:
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
 
 def test_it_completes_text(client):

@@ -2,9 +2,10 @@
 
 import pytest
 from openai import OpenAI
+from requant.server import serve
 
-from tests.e2e.test_serve import SERVE, assert_perplexities_agree, requant
-from vllm_requant.server import serve
+from tests.e2e.conftest import requant
+from tests.e2e.test_serve import SERVE, assert_perplexities_agree
 
 pytestmark = pytest.mark.server
 
@@ -30,5 +31,6 @@ def test_a_mixed_checkpoint_is_served_as_it_is_evaluated(micro_llama, persuasion
     table = requant("inspect", checkpoint)
     for kind in ("w8a8 static", "w8a8 dynamic", "w4 g64 asym + sparse", "as it was: ignored by the recipe"):
         assert kind in table
-    with serve(checkpoint, "--dtype", "float32", "--served-model-name", "micro", *SERVE, log=tmp_path / "log") as url:
-        assert_perplexities_agree(OpenAI(base_url=f"{url}/v1", api_key="none"), checkpoint, persuasion)
+    settings = ("--dtype", "float32", "--served-model-name", "micro", *SERVE)
+    with serve(checkpoint, *settings, log=tmp_path / "log") as server:
+        assert_perplexities_agree(OpenAI(base_url=f"{server.url}/v1", api_key="none"), checkpoint, persuasion)

@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-from vllm_requant.server import ServerError, _cause, serve
+from requant.server import ServerError, cause, serve
 
 SERVE_UNTIL_INTERRUPTED = """
 import pathlib, sys
-from vllm_requant.server import serve
+from requant.server import serve
 model, log = map(pathlib.Path, sys.argv[1:])
 with serve(model, log=log, waiting=lambda elapsed: print(elapsed, flush=True)):
     print("up", flush=True)
@@ -35,7 +34,7 @@ def servers_of(log: Path) -> list[int]:
 
 @pytest.mark.server
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="finds processes through /proc")
-def test_ctrl_c_leaves_no_process(micro_llama, tmp_path):
+def test_ctrl_c_leaves_no_process(micro_llama, tmp_path, ctrl_c):
     log = tmp_path / "server.log"
     command = [sys.executable, "-c", SERVE_UNTIL_INTERRUPTED, micro_llama, log]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as user:
@@ -55,9 +54,9 @@ def test_a_model_that_is_not_there_is_the_message(tmp_path):
         pass
 
 
-def test_the_first_error_of_a_log_is_the_cause():
+def test_the_first_error_of_a_log_is_thecause():
     log = """(APIServer pid=1) WARNING this can cause failures like `OSError: [Errno 24]`
 (EngineCore pid=2) ERROR 11-22 03:04:05 [core.py:9] EngineCore failed to start.
 (EngineCore pid=2) ERROR 11-22 03:04:05 [core.py:9] requant_kernels.errors.CheckpointError: layer.tensor: missing
 (APIServer pid=1) RuntimeError: Engine core initialization failed."""
-    assert _cause(log) == "requant_kernels.errors.CheckpointError: layer.tensor: missing"
+    assert cause(log) == "requant_kernels.errors.CheckpointError: layer.tensor: missing"
