@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from requant import api
+from requant.recipe import Recipe
 from requant_kernels.dense_sparse import int4_panels
 from requant_kernels.scheme import (
     W8A8_WEIGHTS,
@@ -15,7 +17,7 @@ from requant_kernels.scheme import (
     WeightScheme,
 )
 
-from tests.vllm_requant.checkpoints import CONFIGS, decoded, edit, quantize, random_model
+from tests.vllm_requant.checkpoints import CONFIGS, HEADS, decoded, edit, quantize, random_model
 from tests.vllm_requant.engine import run_jobs
 
 pytestmark = pytest.mark.server
@@ -83,10 +85,28 @@ def w8a8(folder, mixed) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder, mixed, uniform, w8a8) -> dict[str, list[torch.Tensor]]:
+def heads(folder) -> dict[str, Path]:
+    """Models whose output head is quantized as well, of its own or tied to the embeddings."""
+    recipe = Recipe(WeightScheme(4, 64, symmetric=False), outliers=0.01, quantize_lm_head=True)
+    for kind in HEADS:
+        source = edit(random_model(kind, folder / f"{kind} quiet"), folder / kind, louder)
+        api.quantize(source, folder / f"{kind}-head", recipe)
+    return {kind: folder / f"{kind}-head" for kind in HEADS}
+
+
+def louder(tensors, config):
+    """The logits of a random model are all alike; ten times as large, they are not."""
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    tensors[head] = 10 * tensors[head]
+
+
+@pytest.fixture(scope="module")
+def expected(folder, mixed, uniform, w8a8, heads) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
     checkpoints = mixed | {"uniform": uniform, "w8a8": w8a8}
-    return {name: _logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
+    models = {name: decoded(path, folder / f"{name} decoded") for name, path in checkpoints.items()}
+    models |= {name: api.load_quantized(path) for name, path in heads.items()}
+    return {name: _logprobs(model) for name, model in models.items()}
 
 
 def _logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -127,18 +147,20 @@ TAMPERED = {
     "key": (declare(shiny=1), "unknown key 'shiny'"),
     "version": (declare(version=2), "version: 2 is not 1"),
     "fused": (declare(ignore=["lm_head", r".*k_proj"]), "vLLM fuses .*q_proj and .*k_proj"),
-    "output layer": (declare(ignore=[]), "lm_head: a quantized output layer can not be served"),
+    "output layer": (declare(ignore=[]), "lm_head: an output head can be int8"),
 }
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder, mixed, uniform, w8a8) -> dict[str, dict]:
+def one_rank(folder, mixed, uniform, w8a8, heads) -> dict[str, dict]:
     common = {"enforce_eager": True, "prompts": PROMPTS}
     jobs = {kind: common | {"model": path, "dtype": "float32"} for kind, path in mixed.items()}
     jobs["bfloat16"] = common | {"model": uniform, "dtype": "bfloat16"}
     jobs["by flag"] = common | {"model": uniform, "dtype": "float32", "quantization": "requant"}
     jobs["w8a8"] = common | {"model": w8a8, "dtype": "float32"}
+    jobs |= {kind: common | {"model": path, "dtype": "float32"} for kind, path in heads.items()}
     jobs["dummy"] = common | {"model": mixed["llama"], "dtype": "bfloat16", "load_format": "dummy"}
+    jobs["dummy head"] = jobs["dummy"] | {"model": heads["tied"]}
     for name, (change, _) in TAMPERED.items():
         bad = edit(uniform, folder / f"tampered {name}", change)
         jobs[name] = {"model": bad, "dtype": "float32", "enforce_eager": True}
@@ -164,8 +186,14 @@ def test_int8_layers_of_every_kind_beside_4_bit_ones(one_rank, expected):
     assert_equal(one_rank["w8a8"], expected["w8a8"], atol=ROUNDED)
 
 
-def test_dummy_weights_are_served(one_rank):
-    assert all(torch.isfinite(logprobs).all() for logprobs in one_rank["dummy"]["logprobs"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_output_heads_and_the_embeddings_tied_to_them(kind, one_rank, expected):
+    assert_equal(one_rank[kind], expected[kind], atol=ROUNDED)
+
+
+@pytest.mark.parametrize("name", ["dummy", "dummy head"])
+def test_dummy_weights_are_served(name, one_rank):
+    assert all(torch.isfinite(logprobs).all() for logprobs in one_rank[name]["logprobs"])
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -177,15 +205,16 @@ def test_a_tampered_checkpoint_is_refused_by_name(name, one_rank):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
+def ranks(folder, mixed, w8a8, heads) -> dict[int | str, dict]:
     common = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS}
     jobs = [
         common | {"model": mixed["llama"], "tensor_parallel_size": 2},
         # one key/value head, which all three need
         common | {"model": mixed["qwen2"], "tensor_parallel_size": 3},
         common | {"model": w8a8, "tensor_parallel_size": 2},
+        common | {"model": heads["tied"], "tensor_parallel_size": 2},
     ]
-    return dict(zip((2, 3, "w8a8"), run_jobs(jobs, folder / "ranks"), strict=True))
+    return dict(zip((2, 3, "w8a8", "tied"), run_jobs(jobs, folder / "ranks"), strict=True))
 
 
 @pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2")])
@@ -193,8 +222,9 @@ def test_several_ranks_say_what_one_says(size, kind, ranks, one_rank):
     assert_equal(ranks[size], one_rank[kind]["logprobs"], atol=1e-5)
 
 
-def test_int8_layers_on_two_ranks(ranks, one_rank):
-    assert_equal(ranks["w8a8"], one_rank["w8a8"]["logprobs"], atol=ROUNDED)
+@pytest.mark.parametrize("kind", ["w8a8", "tied"])
+def test_int8_layers_on_two_ranks(kind, ranks, one_rank):
+    assert_equal(ranks[kind], one_rank[kind]["logprobs"], atol=ROUNDED)
 
 
 def test_the_compiled_model_says_what_the_eager_one_says(uniform, one_rank, folder):
