@@ -7,6 +7,8 @@ import pytest
 import torch
 from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, WeightScheme
+from requant_kernels.w8a8 import dispatch
+from requant_kernels.w8a8.interface import LayerConfig
 from requant_kernels.w8a8.weight import W8A8Weight
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
@@ -109,6 +111,20 @@ def test_a_tied_head_holds_nothing_of_its_own():
     assert head.weight is embeddings.weight
     codes = [one for one in embeddings.parameters() if one.dtype == torch.int8]
     assert sum(one.numel() for one in codes) <= 128 * K  # at most one copy beside what a product has packed
+
+
+def test_codes_that_a_product_leaves_plain_are_not_kept_twice(monkeypatch):
+    plain = dispatch.IMPLEMENTATIONS["int_mm"]
+    config = LayerConfig.of(stored(), torch.float32, torch.device("cpu"))
+    if not plain.can_implement(config)[0]:
+        pytest.skip("no product of this processor takes plain codes")
+    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {"int_mm": plain})
+    (embeddings, head), weight = tied_pair(), stored()
+    load(embeddings, weight)
+    process(embeddings, head)
+    assert not hasattr(embeddings, "codes")
+    assert torch.equal(embeddings(torch.tensor([3, 96])), rows(weight)[[3, 96]].float())
+    assert_logits(head, weight, torch.float32)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
