@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import vllm
 from requant_kernels.errors import SchemeError
-from requant_kernels.scheme import QUANT_METHOD, CheckpointScheme, LayerScheme
+from requant_kernels.scheme import OUTPUT_HEAD, QUANT_METHOD, CheckpointScheme, LayerScheme, check_output_head
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
@@ -27,6 +27,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         self.scheme = scheme
         self.in_flight = scheme is None
         self.mappers: list[Any] = []
+        self.hf_config: Any = None
 
     def __repr__(self) -> str:
         return f"RequantConfig({self.scheme})"
@@ -53,11 +54,13 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         return cls(CheckpointScheme.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """A scheme that config.json does not declare, from ``--hf-overrides``, is one to round by."""
+        """vLLM calls it once, before the model is built. A scheme that config.json does not declare, from
+        ``--hf-overrides``, is one to round by."""
         from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         stored = get_hf_file_to_dict("config.json", model_name, revision)
         self.in_flight |= stored is not None and "quantization_config" not in stored
+        self.hf_config = hf_config
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.mappers.append(hf_to_vllm_mapper)
@@ -67,7 +70,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.config import get_current_vllm_config_or_none
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
         from vllm_requant.names import unfused
@@ -87,8 +90,8 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
             return kind(scheme, names, in_flight=self.in_flight)
         if isinstance(layer, RoutedExperts):
             raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served by requant")
-        if isinstance(layer, ParallelLMHead) and not self.in_flight and self._common_scheme(prefix, [prefix]):
-            raise SchemeError(f"{prefix}: a quantized output layer can not be served; quantize with it in 'ignore'")
+        if isinstance(layer, VocabParallelEmbedding) and not self.in_flight:
+            return self._vocabulary_method(layer, prefix)
         return None
 
     def _roundable(self, scheme: LayerScheme, columns: int, prefix: str) -> LayerScheme:
@@ -103,6 +106,30 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
             scheme.describe(),
         )
         return scheme
+
+    def _vocabulary_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """For the output head, and for embeddings where they are tied to it. Raises SchemeError for a scheme that no
+        output head can have."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from vllm_requant.vocabulary import EmbeddingMethod, OutputHeadMethod
+
+        assert self.scheme is not None
+        head = isinstance(layer, ParallelLMHead)
+        if not head and not self._tied:
+            return None
+        # embeddings have no scheme of their own, and in some models of vLLM no name
+        scheme = self._common_scheme(prefix, [prefix]) if head else self.scheme.for_layer(OUTPUT_HEAD)
+        if scheme is None:
+            return None
+        check_output_head(scheme, prefix if head else OUTPUT_HEAD)
+        return OutputHeadMethod(scheme, [prefix]) if head else EmbeddingMethod(scheme, [prefix or "embed_tokens"])
+
+    @property
+    def _tied(self) -> bool:
+        """Asked late: vLLM unties embeddings where the checkpoint holds a head of its own."""
+        config = self.hf_config
+        return config is not None and bool(config.get_text_config().tie_word_embeddings)
 
     def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
         """The scheme of the layers ``names`` that vLLM fuses into ``prefix``. Raises SchemeError where they differ."""

@@ -65,7 +65,9 @@ class LayerLoader:
 
     def placeholder(self, tensor_name: str, dtype: torch.dtype) -> torch.nn.Parameter:
         """An empty parameter whose ``weight_loader`` brings tensors here."""
-        parameter = torch.nn.Parameter(torch.empty(0, dtype=TENSORS[tensor_name] or dtype), requires_grad=False)
+        int8 = tensor_name == "weight" and self._scheme.activations  # vLLM warns where a file holds another dtype
+        empty = torch.empty(0, dtype=torch.int8 if int8 else TENSORS[tensor_name] or dtype)
+        parameter = torch.nn.Parameter(empty, requires_grad=False)
 
         def weight_loader(param: torch.nn.Parameter, loaded: torch.Tensor, shard: ShardId = None) -> None:
             self._load(tensor_name, loaded, shard)

@@ -165,6 +165,20 @@ class LayerScheme:
         return asdict(self)
 
 
+OUTPUT_HEAD = "lm_head"  # its name in a checkpoint
+# The one scheme of a quantized output head: where word embeddings are tied to it, tokens are looked up in its rows, so
+# there can be nothing but codes and a step for each row.
+HEAD_SCHEME = LayerScheme(W8A8_WEIGHTS, activations=ActivationScheme(dynamic=True))
+
+
+def check_output_head(scheme: LayerScheme, name: str) -> None:
+    """Raises SchemeError unless ``scheme`` is what the output head ``name`` can be quantized to."""
+    if scheme != HEAD_SCHEME:
+        raise SchemeError(
+            f"{name}: an output head can be int8 with dynamic symmetric activations and no bias_correction, or ignored"
+        )
+
+
 def _compile(pattern: Any, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)

@@ -102,6 +102,12 @@ def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     quantize.add_argument("--samples", type=int, metavar="N", help="windows of calibration text")
     quantize.add_argument("--seqlen", type=int, metavar="N", help="tokens of each")
     quantize.add_argument("--ignore", action="append", metavar="REGEX", help="layers to leave as they are; repeatable")
+    quantize.add_argument(
+        "--quantize-lm-head",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="int8 for the output head, and for embeddings tied to it",
+    )
     quantize.add_argument("--seed", type=int)
     quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")

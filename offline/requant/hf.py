@@ -12,7 +12,7 @@ import torch
 from requant_kernels.errors import CheckpointError
 from requant_kernels.layer import layer_from_tensors
 from requant_kernels.reference import dequantize
-from requant_kernels.scheme import QUANT_METHOD, CheckpointScheme
+from requant_kernels.scheme import OUTPUT_HEAD, QUANT_METHOD, CheckpointScheme, LayerScheme
 from requant_kernels.weight import SPARSE_TENSORS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +20,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from requant import output_head
 from requant.aweq.installed import install_around
 from requant.stored import Defect, open_checkpoint
 from requant.validation import defects, read_layer
@@ -87,7 +88,8 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             scheme = stored.scheme.for_layer(name) if isinstance(module, nn.Linear) else None
             if scheme and (scheme.activations or scheme.bias_correction):
-                install_around(module, read_layer(stored, name, scheme))
+                where = output_head.stored_name(model.config) if name == OUTPUT_HEAD else name
+                install_around(module, read_layer(stored, where, scheme))
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
@@ -112,10 +114,18 @@ class _Decode(ConversionOps):  # type: ignore[misc]
         self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **_: Any
     ) -> dict[str, torch.Tensor]:
         layer = full_layer_name.removesuffix(".weight")
-        scheme = self._scheme.for_layer(layer)
+        scheme = self._scheme_of(layer, model)
         tensors = {pattern[2:-1]: values[0] for pattern, values in input_dict.items()}
-        if not isinstance(model.get_submodule(layer), nn.Linear) or scheme is None:
+        if scheme is None:
             if tensors.keys() != {"weight"}:
                 raise CheckpointError(f"{layer}: quantized tensors of a layer that config.json leaves as it is")
             return {full_layer_name: tensors["weight"].to(model.dtype)}
         return {full_layer_name: dequantize(layer_from_tensors(scheme, tensors, layer)).to(model.dtype)}
+
+    def _scheme_of(self, layer: str, model: PreTrainedModel) -> LayerScheme | None:
+        """Of the tensors that are stored under the name ``layer``."""
+        module = model.get_submodule(layer)
+        if isinstance(module, nn.Linear):
+            return self._scheme.for_layer(layer)
+        tied = module is model.get_input_embeddings() and model.config.tie_word_embeddings
+        return self._scheme.for_layer(OUTPUT_HEAD) if tied else None

@@ -1,11 +1,14 @@
 """What a checkpoint consists of, from its headers: the work of ``requant inspect``."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from requant_kernels.errors import CheckpointError
+from requant_kernels.errors import CheckpointError, SchemeError
+from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
+from transformers import PreTrainedModel
 
-from requant import models
+from requant import models, output_head
 from requant.report import LayerRow, Totals
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
@@ -20,17 +23,27 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
     model = models.skeleton(auto_config(resolve(folder)))
     try:
         rows = [
-            _row(stored, name, (linear.out_features, linear.in_features))
+            _row(stored, name, (linear.out_features, linear.in_features), stored.scheme.for_layer(name))
             for name, linear in models.linears(model, architecture).items()
         ]
+        head = _head_row(stored, model, architecture)
     except KeyError as error:
         raise CheckpointError(f"{stored.contents_file}: {error.args[0]}: missing") from None
-    rows.append(LayerRow.skipped(architecture.head, *models.head(model, architecture)))
-    return rows, Totals.of(rows, sum(tensor.nbytes for tensor in stored.tensors.values()))
+    except SchemeError as error:
+        raise CheckpointError(f"config.json: {error}") from None
+    return [*rows, head], Totals.of(rows, head, sum(tensor.nbytes for tensor in stored.tensors.values()))
 
 
-def _row(stored: StoredCheckpoint, layer: str, shape: tuple[int, int]) -> LayerRow:
-    scheme = stored.scheme.for_layer(layer)
+def _head_row(stored: StoredCheckpoint, model: PreTrainedModel, architecture: models.Architecture) -> LayerRow:
+    weight, reason = models.head(model, architecture)
+    scheme = output_head.scheme_of(stored.scheme, model.config)
+    if scheme is None:
+        return LayerRow.skipped(architecture.head, weight, reason)
+    row = _row(stored, output_head.stored_name(model.config), (weight.shape[0], weight.shape[1]), scheme)
+    return replace(row, name=architecture.head, reason=reason)
+
+
+def _row(stored: StoredCheckpoint, layer: str, shape: tuple[int, int], scheme: LayerScheme | None) -> LayerRow:
     names = tensor_names(scheme) if scheme else ("weight",)
     tensors = {name: stored.tensors[f"{layer}.{name}"] for name in names}
     nnz = tensors["sparse_values"].shape[0] if scheme and scheme.sparse else 0

@@ -20,6 +20,7 @@ _CARD = """\
 |---|---|
 | linear layers | {layers} quantized, {skipped} as they were (listed with the reason in `requant_report.json`) |
 | true bits a weight | {bits:.2f}: every stored bit of the quantized layers over their weights |
+| output head | {head} |
 | sparse entries | {sparse:.2f} % |
 | size of all tensors | {size}, the original {original} |
 | calibration | {calibration} |
@@ -57,6 +58,7 @@ def model_card(report: Report, source: Source) -> str:
         layers=total.layers,
         skipped=total.skipped_layers,
         bits=total.bits_per_weight,
+        head=report.layers[-1].describe(),
         sparse=total.sparse_percent,
         size=megabytes(total.checkpoint_bytes),
         calibration="{tokens} tokens of {text} (sha256 {sha256:.12})".format(**report.calibration)

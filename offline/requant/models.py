@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from requant_kernels.scheme import OUTPUT_HEAD
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -43,7 +44,9 @@ class Architecture:
     norm_offset: float = 0.0
     embeddings: str = "model.embed_tokens"
     final_norm: str = "model.norm"
-    head: str = "lm_head"
+    head: str = OUTPUT_HEAD
+    # vLLM hands a quantization to the output heads of these: a tied one needs it for the embeddings as well
+    quantizable_heads: tuple[Literal["tied", "untied"], ...] = ("tied", "untied")
 
     @property
     def row_parallel(self) -> tuple[str, str]:
@@ -73,7 +76,7 @@ LLAMA = Architecture(
     ),
 )
 
-GEMMA = replace(LLAMA, norm_offset=1.0)
+GEMMA = replace(LLAMA, norm_offset=1.0, quantizable_heads=("untied",))
 
 _PRE_NORM = (("do_layer_norm_before", True),)
 
@@ -90,6 +93,7 @@ OPT = Architecture(
     ),
     embeddings="model.decoder.embed_tokens",
     final_norm="model.decoder.final_layer_norm",
+    quantizable_heads=(),
 )
 
 ARCHITECTURES = {
@@ -156,7 +160,7 @@ def shared_schemes(model: PreTrainedModel, architecture: Architecture) -> list[l
 
 
 def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tensor, str]:
-    """The weight of the output head, which is never quantized, and what to say about it."""
+    """The weight of the output head, and what to say about it."""
     weight = model.get_parameter(f"{architecture.head}.weight")
     tied = model.config.tie_word_embeddings
     return weight, f"output head, tied to {architecture.embeddings}" if tied else "output head"

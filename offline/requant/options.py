@@ -30,7 +30,7 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     changes |= {name: parse_ratio(given[name]) for name in ("outliers", "significant") if name in given}
     if "ignore" in given:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
-    changes |= {name: given[name] for name in ("target_bits", "mixed", "seed") if name in given}
+    changes |= {name: given[name] for name in ("target_bits", "mixed", "quantize_lm_head", "seed") if name in given}
     changes |= aweq.changes(recipe, given)
     calibration = {name: given[name] for name in ("samples", "seqlen") if name in given}
     if "calibration" in given:

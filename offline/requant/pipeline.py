@@ -14,7 +14,7 @@ from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
 from transformers import PreTrainedModel
 
-from requant import models, sources
+from requant import models, output_head, sources
 from requant.aweq import int8
 from requant.calibrated import Calibrated, CalibratedRun
 from requant.calibration import Windows, read_windows
@@ -68,14 +68,16 @@ def run(
                 calibrated = _calibrate(network, source, scheme, recipe, device, kept=kept, stores=stores)
         layers = calibrated.layers if calibrated else {}
         if layers:
-            scheme = fitted(scheme, {name: layer.scheme for name, layer in layers.items()})
-        rows = _Walk(architecture, scheme, recipe, device, shards, layers).write(network)
+            chosen = {name: layer.scheme for name, layer in layers.items()}
+            head_scheme = output_head.scheme_of(scheme, network.config)
+            scheme = fitted(scheme, chosen | ({architecture.head: head_scheme} if head_scheme else {}))
+        rows, head = _Walk(architecture, scheme, recipe, device, shards, layers).write(network)
         report = Report(
             model=source.name,
             recipe=recipe.to_dict(),
             producer=producer(),
-            layers=tuple(rows),
-            total=Totals.of(rows, shards.total_bytes),
+            layers=(*rows, head),
+            total=Totals.of(rows, head, shards.total_bytes),
             original_bytes=original_bytes,
             calibration=calibrated.summary() if calibrated else None,
         )
@@ -96,16 +98,29 @@ class _Walk:
     shards: ShardWriter
     layers: dict[str, QuantizedLayer]  # those that are quantized already, by name
 
-    def write(self, network: PreTrainedModel) -> list[LayerRow]:
-        for name, tensor in models.outer_tensors(network, self.architecture):
-            self.shards.add(name, _checked(name, tensor))
-        rows = []
+    def write(self, network: PreTrainedModel) -> tuple[list[LayerRow], LayerRow]:
+        """The rows of all blocks, and the output head's."""
+        head, rows = self._write_outer(network), []
         blocks = models.blocks(network, self.architecture)
         for prefix, block in track(blocks, network.config.num_hidden_layers, "quantizing blocks"):
             rows += self._write_block(prefix, block)
             block.to("meta")  # its memory is free again
         self.shards.close()
-        return [*rows, LayerRow.skipped(self.architecture.head, *models.head(network, self.architecture))]
+        return rows, head
+
+    def _write_outer(self, network: PreTrainedModel) -> LayerRow:
+        weight, reason = models.head(network, self.architecture)
+        row = LayerRow.skipped(self.architecture.head, weight, reason)
+        head = output_head.stored_name(network.config) if output_head.scheme_of(self.scheme, network.config) else None
+        for name, parameter in models.outer_tensors(network, self.architecture):
+            tensor = _checked(name, parameter)
+            if name == f"{head}.weight":
+                stored = output_head.quantize(tensor.to(self.device))
+                self._add(name.removesuffix(".weight"), stored)
+                row = LayerRow.quantized(row.name, stored, relative_error(tensor, stored), reason)
+            else:
+                self.shards.add(name, tensor)
+        return row
 
     def _write_block(self, prefix: str, block: nn.Module) -> list[LayerRow]:
         rows = []
@@ -116,14 +131,17 @@ class _Walk:
             scheme = self.scheme.for_layer(layer) if linear else None
             if scheme:
                 stored = self.layers.pop(layer, None) or self._quantized(layer, tensor, scheme)
-                for part, value in stored.to_tensors().items():
-                    self.shards.add(f"{layer}.{part}", value)
+                self._add(layer, stored)
                 rows.append(LayerRow.quantized(layer, stored, relative_error(tensor, stored)))
             else:
                 self.shards.add(name, tensor)
                 if linear:
                     rows.append(LayerRow.skipped(layer, tensor, "ignored by the recipe"))
         return rows
+
+    def _add(self, layer: str, stored: QuantizedLayer) -> None:
+        for part, value in stored.to_tensors().items():
+            self.shards.add(f"{layer}.{part}", value)
 
     def _quantized(self, name: str, weight: torch.Tensor, scheme: LayerScheme) -> QuantizedLayer:
         per_tensor = self.recipe.activations_of(name).per_tensor

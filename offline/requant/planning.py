@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 from requant_kernels.packing import WORD
-from requant_kernels.scheme import GROUP_SIZES, CheckpointScheme, LayerScheme
+from requant_kernels.scheme import GROUP_SIZES, HEAD_SCHEME, CheckpointScheme, LayerScheme
 from transformers import PreTrainedConfig
 
-from requant import models
+from requant import models, output_head
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
 from requant.recipe import Recipe
@@ -26,18 +26,21 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
         for pattern in getattr(recipe, key):
             if not any(re.fullmatch(pattern, name) for name in linears):
                 raise InputError(f"{key} {pattern!r}: matches no linear layer (one is named {next(iter(linears))})")
+    head = re.escape(architecture.head)
     scheme = CheckpointScheme(
         recipe.layer_scheme,
-        overrides=recipe.layer_schemes,
-        ignore=(re.escape(architecture.head), *recipe.ignore),
+        overrides=({head: HEAD_SCHEME} if recipe.quantize_lm_head else {}) | recipe.layer_schemes,
+        ignore=recipe.ignore if recipe.quantize_lm_head else (head, *recipe.ignore),
         producer=producer,
     )
+    if recipe.quantize_lm_head and not output_head.scheme_of(scheme, config):
+        raise InputError(f"ignore: matches {architecture.head}, which quantize_lm_head is to quantize")
     schemes = {name: scheme.for_layer(name) for name in linears}
     packed: dict[int, dict[str, int]] = {}
     for name, chosen in schemes.items():
         if chosen and not chosen.activations:  # W8A8 has neither words nor groups to fill
             packed.setdefault(chosen.weights.group_size, {})[name] = linears[name].in_features
-    if not any(schemes.values()):
+    if not any(schemes.values()) and not recipe.quantize_lm_head:
         raise InputError("ignore: leaves no layer to quantize")
     for group_size, in_features in packed.items():
         _refuse_shapes(in_features, group_size)

@@ -55,8 +55,9 @@ class Recipe:
     steps. ``target_bits``: true bits a weight to spend, from which group size and ``significant`` follow, with
     ``mixed`` bits and group size of each matrix. ``equalization``, ``activations``, ``bias_correction``: AWEQ's steps.
     ``overrides``: other weights and activations for layers whose full name a regular expression matches. ``ignore``:
-    regular expressions; a linear layer whose full name one of them matches stays as it is. Raises InputError, or
-    SchemeError of weights and activations."""
+    regular expressions; a linear layer whose full name one of them matches stays as it is. ``quantize_lm_head``: int8
+    weights and inputs for the output head, and so for embeddings that are tied to it. Raises InputError, or SchemeError
+    of weights and activations."""
 
     weights: WeightScheme
     base: str = "rtn"
@@ -73,6 +74,7 @@ class Recipe:
     target_bits: float | None = None
     mixed: bool = False
     ignore: tuple[str, ...] = ()
+    quantize_lm_head: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -98,6 +100,8 @@ class Recipe:
                 except (re.error, TypeError) as error:
                     raise InputError(f"recipe: {key} {pattern!r} is not a regular expression ({error})") from None
         self._check_aweq()
+        if type(self.quantize_lm_head) is not bool:
+            raise InputError(f"recipe: quantize_lm_head {self.quantize_lm_head!r} is not true or false")
         if type(self.seed) is not int:
             raise InputError(f"recipe: seed {self.seed!r} is not an integer")
 

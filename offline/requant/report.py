@@ -14,8 +14,9 @@ from requant_kernels.weight import DenseSparseWeight
 class LayerRow:
     """One linear layer of shape [N, K], without its bias.
 
-    scheme None: stored as it was, for ``reason``. bytes: all that is stored of it; nnz: sparse entries;
-    error: relative Frobenius norm |W - W~| / |W|, None where it was not measured.
+    scheme None: stored as it was, for ``reason``; that of an output head says which it is, quantized or not.
+    bytes: all that is stored of it; nnz: sparse entries; error: relative Frobenius norm |W - W~| / |W|, None where it
+    was not measured.
     """
 
     name: str
@@ -31,10 +32,11 @@ class LayerRow:
         return cls(name, (weight.shape[0], weight.shape[1]), None, weight.nbytes, reason=reason)
 
     @classmethod
-    def quantized(cls, name: str, stored: QuantizedLayer, error: float) -> Self:
+    def quantized(cls, name: str, stored: QuantizedLayer, error: float, reason: str | None = None) -> Self:
         sparse = stored.sparse if isinstance(stored, DenseSparseWeight) else None
         shape = (stored.out_features, stored.in_features)
-        return cls(name, shape, stored.scheme, stored.stored_bits() // 8, sparse.nnz if sparse else 0, error)
+        nnz = sparse.nnz if sparse else 0
+        return cls(name, shape, stored.scheme, stored.stored_bits() // 8, nnz, error, reason)
 
     @property
     def numel(self) -> int:
@@ -55,40 +57,52 @@ class LayerRow:
 
     def describe(self) -> str:
         """The scheme in a few characters: 'w4 g64 asym + sparse'."""
-        return self.scheme.describe() if self.scheme else f"as it was: {self.reason}"
+        if self.scheme is None:
+            return f"as it was: {self.reason}"
+        return self.scheme.describe() + (f": {self.reason}" if self.reason else "")
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Over the quantized layers, unless it says otherwise. checkpoint_bytes: all tensors of the checkpoint."""
+    """Over the quantized layers of the blocks, unless it says otherwise, so that figures of two runs can be compared
+    whatever became of the output head.
+
+    skipped_layers: counts an output head that is not quantized; head_bits_per_weight: None of such a one.
+    checkpoint_bytes: all tensors of the checkpoint.
+    """
 
     layers: int
     skipped_layers: int
     bits_per_weight: float
     sparse_percent: float
     bytes: int
+    head_bits_per_weight: float | None
     checkpoint_bytes: int
 
     @classmethod
-    def of(cls, rows: Iterable[LayerRow], checkpoint_bytes: int) -> "Totals":
+    def of(cls, rows: Iterable[LayerRow], head: LayerRow, checkpoint_bytes: int) -> "Totals":
+        """rows: the linear layers of all blocks."""
         rows = list(rows)
         quantized = [row for row in rows if row.scheme]
         numel = sum(row.numel for row in quantized) or 1
         stored = sum(row.bytes for row in quantized)
         return cls(
             layers=len(quantized),
-            skipped_layers=len(rows) - len(quantized),
+            skipped_layers=len(rows) - len(quantized) + (head.scheme is None),
             bits_per_weight=round(8 * stored / numel, 4),
             sparse_percent=round(100 * sum(row.nnz for row in quantized) / numel, 4),
             bytes=stored,
+            head_bits_per_weight=round(head.bits_per_weight, 4) if head.scheme else None,
             checkpoint_bytes=checkpoint_bytes,
         )
 
     def describe(self) -> str:
+        bits = self.head_bits_per_weight
         return (
             f"{self.layers} linear layers at {self.bits_per_weight:.2f} true bits a weight "
             f"({self.sparse_percent:.2f} % sparse), {self.skipped_layers} as they were; "
-            f"{megabytes(self.checkpoint_bytes)} in all"
+            + (f"the output head at {bits:.2f}; " if bits else "")
+            + f"{megabytes(self.checkpoint_bytes)} in all"
         )
 
 

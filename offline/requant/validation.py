@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from requant_kernels.errors import CheckpointError
+from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.layer import QuantizedLayer, layer_from_tensors
 from requant_kernels.packing import packed_length
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
 from transformers import PreTrainedModel
 
-from requant import models
+from requant import models, output_head
 from requant.errors import InputError
 from requant.planning import split_fused
 from requant.sources import auto_config, resolve
@@ -25,8 +25,8 @@ _FLOATS = {"BF16", "F16", "F32", "F64"}
 
 @dataclass(frozen=True)
 class Expected:
-    """What config.json promises: (scheme, [N, K]) of each quantized layer, the shapes of all other tensors, and
-    the dtype of every floating-point tensor as safetensors spells it."""
+    """What config.json promises: (scheme, [N, K]) of each quantized layer by the name that it is stored under, the
+    shapes of all other tensors, and the dtype of every floating-point tensor as safetensors spells it."""
 
     skeleton: PreTrainedModel
     layers: dict[str, tuple[LayerScheme, tuple[int, int]]]
@@ -35,7 +35,8 @@ class Expected:
 
     @classmethod
     def of(cls, stored: StoredCheckpoint) -> "Expected":
-        """Raises InputError where config.json describes no model that is supported."""
+        """Raises InputError where config.json describes no model that is supported, SchemeError for an output head that
+        is not."""
         architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
         if stored.dtype not in _SPELLING:
             raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
@@ -45,6 +46,10 @@ class Expected:
             if scheme := stored.scheme.for_layer(name):
                 layers[name] = (scheme, (linear.out_features, linear.in_features))
                 del others[f"{name}.weight"]
+        if scheme := output_head.scheme_of(stored.scheme, model.config):
+            name = output_head.stored_name(model.config)
+            rows, columns = others.pop(f"{name}.weight")
+            layers[name] = (scheme, (rows, columns))
         return cls(model, layers, others, _SPELLING[stored.dtype])
 
 
@@ -54,7 +59,7 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
     try:
         stored = open_checkpoint(folder)
         expected = Expected.of(stored)
-    except (CheckpointError, InputError) as error:
+    except (CheckpointError, InputError, SchemeError) as error:
         yield Defect("config.json", str(error).removeprefix("config.json: "))
         return
     yield from stored.defects

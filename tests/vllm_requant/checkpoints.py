@@ -39,11 +39,21 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "opt": OPTConfig(**_COMMON, ffn_dim=384, word_embed_proj_dim=192),
 }
 
+# For output heads: the vocabulary of 380 is padded to 384.
+HEADS: dict[str, PreTrainedConfig] = {
+    kind: LlamaConfig(
+        **_COMMON | {"vocab_size": 380, "tie_word_embeddings": kind == "tied"},
+        num_key_value_heads=2,
+        intermediate_size=384,
+    )
+    for kind in ("tied", "untied")
+}
+
 
 def random_model(kind: str, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config((CONFIGS | HEADS)[kind], dtype=torch.bfloat16)
     for parameter in model.parameters():  # biases and norms are trivial otherwise
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

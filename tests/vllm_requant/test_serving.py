@@ -19,7 +19,7 @@ from requant_kernels.scheme import (
 )
 from requant_kernels.tensor_parallel import cut_groups
 
-from tests.vllm_requant.checkpoints import CONFIGS, decoded, edit, quantize, random_model
+from tests.vllm_requant.checkpoints import CONFIGS, HEADS, decoded, edit, quantize, random_model
 from tests.vllm_requant.engine import run_jobs
 
 pytestmark = pytest.mark.server
@@ -107,10 +107,33 @@ def rounded(folder, mixed) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def expected(folder, mixed, uniform, w8a8, rounded) -> dict[str, list[torch.Tensor]]:
+def heads(folder) -> dict[str, Path]:
+    """Models whose output head is quantized as well, of its own or tied to the embeddings."""
+    recipe = Recipe(WeightScheme(4, 64, symmetric=False), outliers=0.01, quantize_lm_head=True)
+    for kind in HEADS:
+        source = edit(random_model(kind, folder / f"{kind} quiet"), folder / kind, louder)
+        api.quantize(source, folder / f"{kind}-head", recipe)
+    return {kind: folder / f"{kind}-head" for kind in HEADS}
+
+
+def louder(tensors, config):
+    """The logits of a random model are all alike; ten times as large, they are not."""
+    head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    tensors[head] = 10 * tensors[head]
+
+
+@pytest.fixture(scope="module")
+def stored(mixed, uniform, w8a8, rounded) -> dict[str, Path]:
+    """All checkpoints whose output head is as it was."""
+    return mixed | rounded | {"uniform": uniform, "w8a8": w8a8}
+
+
+@pytest.fixture(scope="module")
+def expected(folder, stored, heads) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
-    checkpoints = mixed | rounded | {"uniform": uniform, "w8a8": w8a8}
-    return {name: _logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
+    models = {name: decoded(path, folder / f"{name} decoded") for name, path in stored.items()}
+    models |= {name: api.load_quantized(path) for name, path in heads.items()}
+    return {name: _logprobs(model) for name, model in models.items()}
 
 
 def _logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -151,20 +174,22 @@ TAMPERED = {
     "key": (declare(shiny=1), "unknown key 'shiny'"),
     "version": (declare(version=2), "version: 2 is not 1"),
     "fused": (declare(ignore=["lm_head", r".*k_proj"]), "vLLM fuses .*q_proj and .*k_proj"),
-    "output layer": (declare(ignore=[]), "lm_head: a quantized output layer can not be served"),
+    "output layer": (declare(ignore=[]), "lm_head: an output head can be int8"),
 }
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder, mixed, uniform, w8a8, rounded) -> dict[str, dict]:
-    common = {"enforce_eager": True, "prompts": PROMPTS}
+def one_rank(folder, mixed, stored, heads) -> dict[str, dict]:
+    common, uniform = {"enforce_eager": True, "prompts": PROMPTS}, stored["uniform"]
     jobs = {kind: common | {"model": path, "dtype": "float32"} for kind, path in mixed.items()}
     jobs["bfloat16"] = common | {"model": uniform, "dtype": "bfloat16"}
     jobs["by flag"] = common | {"model": uniform, "dtype": "float32", "quantization": "requant"}
-    jobs["w8a8"] = common | {"model": w8a8, "dtype": "float32"}
+    jobs["w8a8"] = common | {"model": stored["w8a8"], "dtype": "float32"}
+    jobs |= {kind: common | {"model": path, "dtype": "float32"} for kind, path in heads.items()}
     jobs["dummy"] = common | {"model": mixed["llama"], "dtype": "bfloat16", "load_format": "dummy"}
+    jobs["dummy head"] = jobs["dummy"] | {"model": heads["tied"]}
     jobs["in flight"] = common | {"model": folder / "opt", "dtype": "float32", "quantization": "requant"}
-    asked = json.loads((rounded["in flight by overrides"] / "config.json").read_text())["quantization_config"]
+    asked = json.loads((stored["in flight by overrides"] / "config.json").read_text())["quantization_config"]
     overrides = {"hf_overrides": {"quantization_config": asked}}
     jobs["in flight by overrides"] = common | {"model": folder / "qwen2", "dtype": "float32"} | overrides
     jobs["in flight, dummy"] = jobs["in flight"] | {"load_format": "dummy"}
@@ -193,7 +218,12 @@ def test_int8_layers_of_every_kind_beside_4_bit_ones(one_rank, expected):
     assert_equal(one_rank["w8a8"], expected["w8a8"], atol=ROUNDED)
 
 
-@pytest.mark.parametrize("name", ["dummy", "in flight, dummy"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_output_heads_and_the_embeddings_tied_to_them(kind, one_rank, expected):
+    assert_equal(one_rank[kind], expected[kind], atol=ROUNDED)
+
+
+@pytest.mark.parametrize("name", ["dummy", "dummy head", "in flight, dummy"])
 def test_dummy_weights_are_served(name, one_rank):
     assert all(torch.isfinite(logprobs).all() for logprobs in one_rank[name]["logprobs"])
 
@@ -218,7 +248,7 @@ def test_a_tampered_checkpoint_is_refused_by_name(name, one_rank):
 
 
 @pytest.fixture(scope="module")
-def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
+def ranks(folder, mixed, w8a8, heads) -> dict[int | str, dict]:
     common = {"dtype": "float32", "enforce_eager": True, "prompts": PROMPTS}
     jobs = [
         common | {"model": mixed["llama"], "tensor_parallel_size": 2},
@@ -226,12 +256,13 @@ def ranks(folder, mixed, w8a8) -> dict[int | str, dict]:
         common | {"model": mixed["qwen2"], "tensor_parallel_size": 3},
         common | {"model": mixed["qwen2"], "tensor_parallel_size": 4},
         common | {"model": w8a8, "tensor_parallel_size": 2},
+        common | {"model": heads["tied"], "tensor_parallel_size": 2},
         # on a CPU, vLLM makes the buffer of a later stage while it compiles: no eager mode
         common
         | {"model": mixed["llama"], "pipeline_parallel_size": 2}
         | {"enforce_eager": False, "compilation_config": {"mode": 1, "backend": "eager"}},
     ]
-    return dict(zip((2, 3, 4, "w8a8", "stages"), run_jobs(jobs, folder / "ranks"), strict=True))
+    return dict(zip((2, 3, 4, "w8a8", "tied", "stages"), run_jobs(jobs, folder / "ranks"), strict=True))
 
 
 @pytest.mark.parametrize(("size", "kind"), [(2, "llama"), (3, "qwen2"), (4, "qwen2")])
@@ -245,8 +276,9 @@ def test_the_log_says_what_four_ranks_do_to_groups_in_the_words_of_check(ranks, 
         assert log.count(cut_groups(384, group_size, 4)) == 1
 
 
-def test_int8_layers_on_two_ranks(ranks, one_rank):
-    assert_equal(ranks["w8a8"], one_rank["w8a8"]["logprobs"], atol=ROUNDED)
+@pytest.mark.parametrize("kind", ["w8a8", "tied"])
+def test_int8_layers_on_two_ranks(kind, ranks, one_rank):
+    assert_equal(ranks[kind], one_rank[kind]["logprobs"], atol=ROUNDED)
 
 
 def test_two_stages_say_what_one_says(ranks, one_rank):

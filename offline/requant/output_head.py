@@ -1,0 +1,36 @@
+"""The output head as a quantized layer: where it is stored, as what, and what its weight becomes."""
+
+import torch
+from requant_kernels.layer import QuantizedLayer
+from requant_kernels.rounding.layer import round_layer
+from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, check_output_head
+from transformers import PreTrainedConfig
+
+from requant import models
+from requant.errors import InputError
+
+
+def stored_name(config: PreTrainedConfig) -> str:
+    """The layer whose tensors are the head's: the embeddings where it is tied to them."""
+    architecture = models.ARCHITECTURES[config.model_type]
+    return architecture.embeddings if config.tie_word_embeddings else architecture.head
+
+
+def scheme_of(scheme: CheckpointScheme, config: PreTrainedConfig) -> LayerScheme | None:
+    """How the head is stored, None where it is stored as it was. Raises SchemeError for a scheme that no head can have,
+    InputError for a model whose head vLLM can not quantize."""
+    architecture = models.ARCHITECTURES[config.model_type]
+    chosen = scheme.for_layer(architecture.head)
+    if chosen:
+        check_output_head(chosen, architecture.head)
+        kind = "tied" if config.tie_word_embeddings else "untied"
+        if kind not in architecture.quantizable_heads:
+            raise InputError(
+                f"{architecture.head}: vLLM can not quantize the {kind} output head of {config.model_type!r}"
+            )
+    return chosen
+
+
+def quantize(weight: torch.Tensor) -> QuantizedLayer:
+    """weight [N, K] in the model's dtype -> int8, each row rounded to nearest with a step of its own."""
+    return round_layer(weight, HEAD_SCHEME)
