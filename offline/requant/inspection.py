@@ -6,7 +6,7 @@ from requant_kernels.errors import CheckpointError
 from requant_kernels.weight import tensor_names
 
 from requant import models
-from requant.report import LayerRow, Totals
+from requant.report import ROUTER, LayerRow, Totals
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
 
@@ -22,6 +22,9 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
         rows = [
             _row(stored, name, (linear.out_features, linear.in_features))
             for name, linear in models.linears(model, architecture).items()
+        ]
+        rows += [
+            LayerRow.skipped(name, weight, ROUTER) for name, weight in models.routers(model, architecture).items()
         ]
     except KeyError as error:
         raise CheckpointError(f"{stored.contents_file}: {error.args[0]}: missing") from None

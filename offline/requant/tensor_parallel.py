@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel
 
-from requant.models import ARCHITECTURES
+from requant import models
 
 
 def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
@@ -11,15 +11,19 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     vLLM splits attention by heads (key/value heads are copied where there are fewer than ranks) and the MLP by its
     inner width; embeddings are padded and forbid nothing.
     """
-    config, architecture = model.config, ARCHITECTURES[model.config.model_type]
-    query, key, *_, down = (f"{architecture.blocks}.0.{name}" for name in architecture.linears)
-    heads, width = config.num_attention_heads, model.get_submodule(down).in_features
+    config = model.config
+    linears = models.linears(model, models.ARCHITECTURES[config.model_type])
+    query, key, *_, down = linears
+    heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     lines = []
     if heads % degree:
         lines.append(f"{query}: {heads} attention heads can not be split over {degree} ranks")
     if kv_heads % degree and degree % kv_heads:
         lines.append(f"{key}: {kv_heads} key/value heads can be neither split over nor copied to {degree} ranks")
-    if width % degree:
-        lines.append(f"{down}: its {width} inputs can not be split over {degree} ranks")
+    # of all MLPs of a block, and of its experts, one line for each width
+    downs = {linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == down.split(".")[-1]}
+    for width, name in downs.items():
+        if width % degree:
+            lines.append(f"{name}: its {width} inputs can not be split over {degree} ranks")
     return lines

@@ -58,7 +58,7 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
         yield Defect("config.json", str(error).removeprefix("config.json: "))
         return
     yield from stored.defects
-    for line in split_fused(stored.scheme, expected.skeleton.config):
+    for line in (*split_fused(stored.scheme, expected.skeleton), *_quantized_routers(stored, expected.skeleton)):
         yield Defect("config.json", line)
     for degree in degrees:
         for line in obstacles(expected.skeleton, degree):
@@ -67,6 +67,12 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
     yield from structural
     if contents:
         yield from _contents(stored, expected, {defect.what.split(":")[0] for defect in structural})
+
+
+def _quantized_routers(stored: StoredCheckpoint, model: PreTrainedModel) -> Iterator[str]:
+    for name in models.routers(model, models.ARCHITECTURES[model.config.model_type]):
+        if stored.scheme.for_layer(name):
+            yield f"{name}: a router is stored as it is, so a pattern of 'ignore' must match it"
 
 
 def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:
