@@ -54,6 +54,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
+        from vllm_requant.moe import experts_method
         from vllm_requant.names import unfused
 
         if isinstance(layer, LinearBase):
@@ -63,7 +64,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
                 return UnquantizedLinearMethod()
             return (W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod)(scheme, names)
         if isinstance(layer, RoutedExperts):
-            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served from a requant checkpoint")
+            return experts_method(layer, prefix, self._common_scheme)
         if isinstance(layer, ParallelLMHead) and self._common_scheme(prefix, [prefix]) is not None:
             raise SchemeError(f"{prefix}: a quantized output layer can not be served; quantize with it in 'ignore'")
         return None

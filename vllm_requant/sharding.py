@@ -1,13 +1,20 @@
 """Which rows or columns of a stored layer live on this rank."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from requant_kernels.layer import QuantizedLayer
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.parameter import ModelWeightParameter
 
 ShardId = str | int | tuple[int, ...] | None
+
+
+class Ranked(Protocol):
+    """A layer of vLLM, or what knows the ranks of one."""
+
+    tp_rank: int
+    tp_size: int
 
 
 class LocalIndex:
@@ -15,7 +22,7 @@ class LocalIndex:
     as in any other model: it is given the numbers 0, 1, 2, ... to load as if they were a weight."""
 
     def __init__(
-        self, layer: LinearBase, shape: tuple[int, int], row_parallel: bool, loader: Callable[..., None]
+        self, layer: Ranked, shape: tuple[int, int], row_parallel: bool, loader: Callable[..., None]
     ) -> None:
         """``shape`` [N, K] is the layer's on this rank; ``row_parallel`` layers are cut along K, others along N."""
         self._layer, self._shape, self._row_parallel, self._loader = layer, shape, row_parallel, loader
