@@ -35,8 +35,6 @@ class Stored:
     scheme: LayerScheme
 
 
-
-
 def experts_method(
     layer: RoutedExperts, prefix: str, scheme_of: Callable[[str, list[str]], LayerScheme | None]
 ) -> "RequantExpertsMethod | None":
@@ -120,7 +118,7 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._products: list[dict[str, Product]] = []
         self.experts: list[Expert] = []
 
-    def create_weights(  # noqa: PLR0917 (vLLM's signature)
+    def create_weights(
         self,
         layer: RoutedExperts,
         num_experts: int,
@@ -178,7 +176,7 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """For vLLM's own kernels, none of which runs here."""
 
-    def apply(
+    def apply(  # noqa: PLR0917 (vLLM's signature)
         self,
         layer: RoutedExperts,
         x: torch.Tensor,

@@ -22,9 +22,7 @@ class Expert:
         return self.down(silu(gate) * up)
 
 
-def run_experts(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]
-) -> torch.Tensor:
+def run_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
     """x [M, C], the experts of each token ids [M, k] (no one twice) and their weights [M, k] -> [M, C] of x's dtype.
 
     Sums in fp32. Which tokens an expert gets is known on the device only, and a CUDA graph can not ask; while one is
@@ -40,7 +38,8 @@ def on_their_tokens(
     """fp32 [M, C]: every expert runs on the tokens that are routed to it. Waits for the device once."""
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     flat, shares = ids.flatten().long(), weights.float().flatten()
-    places = flat.argsort(stable=True).split(torch.bincount(flat, minlength=len(experts)).tolist())
+    counts = torch.bincount(flat, minlength=len(experts)).tolist()
+    places = torch.split(flat.argsort(stable=True), counts)
     for expert, place in zip(experts, places, strict=True):
         if len(place):
             token = place // ids.shape[1]
@@ -48,9 +47,7 @@ def on_their_tokens(
     return output
 
 
-def on_all_tokens(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]
-) -> torch.Tensor:
+def on_all_tokens(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
     """fp32 [M, C]: every expert runs on every token, and counts where the token is routed to it. Never waits."""
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for index, expert in enumerate(experts):

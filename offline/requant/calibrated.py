@@ -49,8 +49,8 @@ Masks = dict[str, torch.Tensor]
 class Calibrated:
     """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
     original's predictions at each step of distillation, nats per token. windows: what all this was measured on.
-    decisions: of AWEQ, by the name of a layer or a norm. unreached: layers of experts that no token was routed to, which
-    are rounded to nearest."""
+    decisions: of AWEQ, by the name of a layer or a norm. unreached: layers of experts that no token was routed to:
+    rounded to nearest."""
 
     windows: Windows
     layers: dict[str, QuantizedLayer]
@@ -246,7 +246,9 @@ class CalibratedRun:
             return FixedRounding(int8.one_step(task.weight, task.dtype), task.weight, None)
         return BASES[self.recipe.base if reached else "rtn"](task)
 
-    def _reached(self, block: _Block, statistics: Mapping[str, InputStatistics], inputs: list[torch.Tensor]) -> set[str]:
+    def _reached(
+        self, block: _Block, statistics: Mapping[str, InputStatistics], inputs: list[torch.Tensor]
+    ) -> set[str]:
         """The layers of ``block`` that calibration says something about. Raises InputError where that is not all of
         them, unless the recipe has an answer."""
         if self.recipe.base not in DATA_FREE:

@@ -45,7 +45,7 @@ class UnfusedExperts(nn.ModuleList):
             for (gate, up), down in zip((one.chunk(2) for one in gates_up), downs, strict=True)
         )
         # not the module itself, which would count as one more expert
-        self._names, self._act = names, fused.act_fn.forward
+        self._names, self._act = names, fused.get_submodule("act_fn").forward
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -53,7 +53,7 @@ class UnfusedExperts(nn.ModuleList):
         """[T, C], the experts of each token [T, k] and their weights [T, k] -> [T, C]; only experts that a token
         reaches run."""
         output = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
+        for index in sorted(set(top_k_index.flatten().tolist())):
             expert = self[index]
             token, place = torch.where(top_k_index == index)
             x = hidden_states[token]

@@ -23,9 +23,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
             _row(stored, name, (linear.out_features, linear.in_features))
             for name, linear in models.linears(model, architecture).items()
         ]
-        rows += [
-            LayerRow.skipped(name, weight, ROUTER) for name, weight in models.routers(model, architecture).items()
-        ]
+        rows += [LayerRow.skipped(name, weight, ROUTER) for name, weight in models.routers(model, architecture).items()]
     except KeyError as error:
         raise CheckpointError(f"{stored.contents_file}: {error.args[0]}: missing") from None
     rows.append(LayerRow.skipped(architecture.head, *models.head(model, architecture)))

@@ -60,7 +60,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.unreached not in get_args(Unreached):
-            raise InputError(f"calibration: unreached {self.unreached!r} is not one of {', '.join(get_args(Unreached))}")
+            raise InputError(
+                f"calibration: unreached {self.unreached!r} is not one of {', '.join(get_args(Unreached))}"
+            )
         _whole(self, "calibration", samples=2, seqlen=16)
 
 

@@ -22,7 +22,9 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     if kv_heads % degree and degree % kv_heads:
         lines.append(f"{key}: {kv_heads} key/value heads can be neither split over nor copied to {degree} ranks")
     # of all MLPs of a block, and of its experts, one line for each width
-    downs = {linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == down.split(".")[-1]}
+    downs = {
+        linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == down.split(".")[-1]
+    }
     for width, name in downs.items():
         if width % degree:
             lines.append(f"{name}: its {width} inputs can not be split over {degree} ranks")

@@ -1,4 +1,4 @@
-"""Mixture-of-experts models: experts are linear layers like any others, and none is calibrated on nothing in silence."""
+"""Mixture-of-experts models: experts are linear layers, and none is calibrated on nothing in silence."""
 
 import json
 import shutil

@@ -86,10 +86,10 @@ def w8a8(folder, mixed) -> Path:
 def expected(folder, mixed, uniform, w8a8) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
     checkpoints = mixed | {"uniform": uniform, "w8a8": w8a8}
-    return {name: _logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
+    return {name: logprobs(decoded(path, folder / f"{name} decoded")) for name, path in checkpoints.items()}
 
 
-def _logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
+def logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1) for prompt in PROMPTS]
 
