@@ -93,11 +93,17 @@ def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:
 
 
 def split_fused(scheme: CheckpointScheme, model: PreTrainedModel) -> list[str]:
-    """One line for every set of layers that vLLM runs as one and that ``scheme`` stores in different ways."""
+    """One line for every set of layers that vLLM runs as one, or with one method, and that ``scheme`` stores in ways
+    that do not go together."""
     architecture = models.ARCHITECTURES[model.config.model_type]
     lines = []
     for prefix, block in models.blocks(model, architecture):
         for members in architecture.of(block).fused:
             if len({scheme.for_layer(f"{prefix}.{member}") for member in members}) > 1:
                 lines.append(f"{prefix}: {', '.join(members)} run as one layer in vLLM and must share one scheme")
+        if architecture.experts:
+            experts = [f"{prefix}.{name}" for names in architecture.experts.of(block) for name in names]
+            ignored = [name for name in experts if scheme.for_layer(name) is None]
+            if 0 < len(ignored) < len(experts):
+                lines.append(f"{ignored[0]}: is ignored, but not all experts of its block; it is all or none in vLLM")
     return lines

@@ -194,3 +194,13 @@ def test_a_router_that_is_declared_quantized_is_a_defect(mixtral, tmp_path):
 def test_gate_and_up_of_an_expert_share_a_scheme(mixtral, tmp_path):
     with pytest.raises(InputError, match=r"^model\.layers\.0: .*experts\.0\.w1, .*experts\.0\.w3 run as one layer"):
         api.quantize(mixtral, tmp_path / "out", Recipe(W4, ignore=(r".*experts\.0\.w1",)))
+
+
+def test_experts_of_a_block_are_all_ignored_or_none(mixtral, tmp_path):
+    with pytest.raises(
+        InputError, match=r"^model\.layers\.0\.block_sparse_moe\.experts\.1\.w1: is ignored, but not all"
+    ):
+        api.quantize(mixtral, tmp_path / "out", Recipe(W4, ignore=(r".*experts\.1\..*",)))
+    report = api.quantize(mixtral, tmp_path / "out", Recipe(W4, ignore=(r".*layers\.1\..*experts\..*",)))
+    assert report.total.skipped_layers == 1 + 2 + 12  # head, routers, experts of the second block
+    assert api.check(tmp_path / "out") == []
