@@ -73,6 +73,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
+        from vllm_requant.moe import experts_method
         from vllm_requant.names import unfused
         from vllm_requant.tensor_parallel import refuse_degree
 
@@ -89,7 +90,9 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
             kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
             return kind(scheme, names, in_flight=self.in_flight)
         if isinstance(layer, RoutedExperts):
-            raise SchemeError(f"{prefix}: mixture-of-experts layers can not be served by requant")
+            if self.in_flight:
+                raise SchemeError(f"{prefix}: experts can not be rounded in flight; make a checkpoint")
+            return experts_method(layer, prefix, self._common_scheme)
         if isinstance(layer, VocabParallelEmbedding) and not self.in_flight:
             return self._vocabulary_method(layer, prefix)
         return None

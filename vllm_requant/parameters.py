@@ -70,7 +70,7 @@ class LayerLoader:
         parameter = torch.nn.Parameter(empty, requires_grad=False)
 
         def weight_loader(param: torch.nn.Parameter, loaded: torch.Tensor, shard: ShardId = None) -> None:
-            self._load(tensor_name, loaded, shard)
+            self.load(tensor_name, loaded, shard)
 
         parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
         return parameter
@@ -86,7 +86,9 @@ class LayerLoader:
                     raise CheckpointError(f"{name}.{tensor_name}: missing in the checkpoint")
         raise CheckpointError(f"{', '.join(self._names)}: do not fill the model's layer")
 
-    def _load(self, tensor_name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+    def load(self, tensor_name: str, tensor: torch.Tensor, shard: ShardId) -> None:
+        """Takes one tensor of the stored layer that ``shard`` means. Raises CheckpointError for one that is wrong, not
+        expected or here already."""
         position = _position(shard)
         where = f"{self._names[position]}.{tensor_name}"
         expected = self._form.tensors(self._scheme)

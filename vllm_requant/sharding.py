@@ -1,10 +1,10 @@
 """Which rows or columns of a stored layer live on this rank."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from requant_kernels.layer import QuantizedLayer
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.parameter import ModelWeightParameter
 
 ShardId = str | int | tuple[int, ...] | None
@@ -14,10 +14,9 @@ class LocalIndex:
     """Asks vLLM's own loader of the layer, so that fused and merged layers and replicated key/value heads are placed
     as in any other model: it is given the numbers 0, 1, 2, ... to load as if they were a weight."""
 
-    def __init__(
-        self, layer: LinearBase, shape: tuple[int, int], row_parallel: bool, loader: Callable[..., None]
-    ) -> None:
-        """``shape`` [N, K] is the layer's on this rank; ``row_parallel`` layers are cut along K, others along N."""
+    def __init__(self, layer: Any, shape: tuple[int, int], row_parallel: bool, loader: Callable[..., None]) -> None:
+        """``layer`` knows ``tp_rank`` and ``tp_size``; ``shape`` [N, K] is the layer's on this rank; ``row_parallel``
+        layers are cut along K, others along N."""
         self._layer, self._shape, self._row_parallel, self._loader = layer, shape, row_parallel, loader
         rows, columns = (1, shape[1]) if row_parallel else (shape[0], 1)
         self._index = ModelWeightParameter(

@@ -35,7 +35,7 @@ from requant.sensitivity.selection import mask_of
 from requant.sensitivity.store import Stores, TensorStore
 from requant.settings import DATA_FREE, EQUALIZED, FISHER
 from requant.stages import CHOICE, Result, Stages
-from requant.statistics import InputStatistics, collect
+from requant.statistics import InputStatistics, collect, reached, refuse_unreached
 from requant.targeting import fit
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
@@ -50,13 +50,15 @@ Masks = dict[str, torch.Tensor]
 class Calibrated:
     """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
     original's predictions at each step of distillation, nats per token. windows: what all this was measured on.
-    decisions: of AWEQ, by the name of a layer or a norm."""
+    decisions: of AWEQ, by the name of a layer or a norm. unreached: layers of experts that no token was routed to:
+    rounded to nearest."""
 
     windows: Windows
     layers: dict[str, QuantizedLayer]
     integrals: list[Completeness]
     divergences: list[float]
     decisions: dict[str, dict[str, Any]]
+    unreached: list[str]
 
     def summary(self) -> dict[str, Any]:
         """For the report: what was read, how complete the path integrals were, what distillation gained."""
@@ -75,6 +77,8 @@ class Calibrated:
             }
         if self.decisions:
             found["decisions"] = self.decisions
+        if self.unreached:
+            found["unreached"] = self.unreached
         return found
 
 
@@ -150,12 +154,12 @@ class CalibratedRun:
         importance = self._fisher(samples) if self.recipe.base in FISHER else {}
         teacher = self._teacher(samples)
         steps = Steps(self.recipe, self.architecture, self.schemes, self.network.config, self.dtype)
-        roundings, settled = self._blocks(samples, masks, importance, steps)
+        roundings, settled, unreached = self._blocks(samples, masks, importance, steps)
         divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
         if self.recipe.selection.restore and self.recipe.significant:
             integrals = integrals + self._restore(roundings, masks, samples)
         layers = settled | {name: self._stored(name, rounding, masks) for name, rounding in roundings.items()}
-        return Calibrated(windows, layers, integrals, divergences, steps.report())
+        return Calibrated(windows, layers, integrals, divergences, steps.report(), unreached)
 
     @property
     def _linears(self) -> dict[str, nn.Linear]:
@@ -210,47 +214,65 @@ class CalibratedRun:
     @torch.no_grad()
     def _blocks(
         self, samples: Samples, masks: Masks, importance: Mapping[str, torch.Tensor], steps: Steps
-    ) -> tuple[dict[str, Rounding], dict[str, QuantizedLayer]]:
+    ) -> tuple[dict[str, Rounding], dict[str, QuantizedLayer], list[str]]:
         """Each block is quantized for the inputs that the quantized blocks before it produce. Returns what may still be
-        trained, and what is settled for good."""
+        trained, what is settled for good, and which layers no token reaches."""
         blocks = list(models.blocks(self.network, self.architecture))
         calls = block_calls(self.network, [block for _, block in blocks], samples)
         inputs, originals = list(calls.hidden), calls.hidden
-        roundings, settled = dict[str, Rounding](), dict[str, QuantizedLayer]()
+        roundings, settled, unreached = dict[str, Rounding](), dict[str, QuantizedLayer](), list[str]()
         for index, (prefix, module) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
             linears = {name: linear for name, linear in self._linears.items() if name.startswith(f"{prefix}.")}
             block = _Block(prefix, module, linears, calls.keywords[index])
             original = Side(module, originals, block.keywords)
             originals = steps.equalize(prefix, original)
             if self.recipe.settled:
-                rounded = self._rounded(block, inputs, masks, importance)
+                rounded, missed = self._rounded(block, inputs, masks, importance)
+                unreached += missed
                 layers = {name: self._stored(name, rounding, masks) for name, rounding in rounded.items()}
                 layers, inputs = steps.settle(prefix, layers, original, originals, inputs)
                 settled |= layers
                 continue
             pairs = list(zip(inputs, originals, strict=True))
-            tensors, _ = self.stages.kept(prefix, partial(self._finished, block, pairs, masks, importance))
+            tensors, facts = self.stages.kept(prefix, partial(self._finished, block, pairs, masks, importance))
+            unreached += facts["unreached"]
             made = self._put_back(block, tensors, masks)
             with trainable(linears, made):
                 inputs = [block.run(hidden) for hidden in inputs]
             roundings |= made
-        return roundings, settled
+        return roundings, settled, unreached
 
-    def _rounding(self, name: str, task: Task) -> Rounding:
+    def _rounding(self, name: str, task: Task, reached: bool) -> Rounding:
         if self.recipe.activations_of(name).per_tensor:
             return FixedRounding(int8.one_step(task.weight, task.dtype), task.weight, None)
-        return BASES[self.recipe.base](task)
+        return BASES[self.recipe.base if reached else "rtn"](task)
+
+    def _reached(
+        self, block: _Block, statistics: Mapping[str, InputStatistics], inputs: list[torch.Tensor]
+    ) -> set[str]:
+        """The layers of ``block`` that calibration says something about. Raises InputError where that is not all of
+        them, unless the recipe has an answer."""
+        if self.recipe.base not in DATA_FREE:
+            found = set(statistics)
+        elif self.architecture.experts:
+            found = reached(block.module, block.linears, inputs, block.keywords)
+        else:
+            return set(block.linears)
+        if self.recipe.calibration.unreached == "refuse":
+            refuse_unreached(name for name in block.linears if name not in found)
+        return found
 
     def _rounded(
         self, block: _Block, inputs: list[torch.Tensor], masks: Masks, importance: Mapping[str, torch.Tensor]
-    ) -> dict[str, Rounding]:
-        """One block's layers on their base, before any training."""
+    ) -> tuple[dict[str, Rounding], list[str]]:
+        """One block's layers on their base, before any training; and those of them that no token reaches."""
         statistics: dict[str, InputStatistics] = {}
         if self.recipe.base not in DATA_FREE:
             statistics = collect(block.module, block.linears, inputs, block.keywords)
+        found = self._reached(block, statistics, inputs)
         if self.recipe.base in EQUALIZED:
             self._equalize(block.prefix, block.module, statistics, masks)
-        return {
+        made = {
             name: self._rounding(
                 name,
                 Task(
@@ -261,9 +283,11 @@ class CalibratedRun:
                     masks.get(name),
                     importance.get(name),
                 ),
+                name in found,
             )
             for name, linear in block.linears.items()
         }
+        return made, [name for name in made if name not in found]
 
     def _finished(
         self,
@@ -273,13 +297,13 @@ class CalibratedRun:
         importance: Mapping[str, torch.Tensor],
     ) -> Result:
         """One block, quantized so that the inputs of ``pairs`` give their outputs, taken apart for keeping."""
-        made = self._rounded(block, [hidden for hidden, _ in pairs], masks, importance)
+        made, unreached = self._rounded(block, [hidden for hidden, _ in pairs], masks, importance)
         with trainable(block.linears, made):
             self._train(block.run, made, pairs)
         tensors = {f"{name}|{part}": t for name, one in made.items() for part, t in kept.tensors_of(one).items()}
         if self.recipe.base in EQUALIZED:
             tensors |= {f"|{name}": parameter for name, parameter in block.module.named_parameters()}
-        return tensors, {}
+        return tensors, {"unreached": unreached}
 
     def _put_back(self, block: _Block, tensors: Mapping[str, torch.Tensor], masks: Masks) -> dict[str, Rounding]:
         parts: dict[str, dict[str, torch.Tensor]] = {}

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from requant import output_head
 from requant.aweq.installed import install_around
+from requant.models import as_stored
 from requant.stored import Defect, open_checkpoint
 from requant.validation import defects, read_layer
 
@@ -80,7 +81,7 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
         if checkpoint_files:
             self._folder = Path(checkpoint_files[0]).parent
             _refuse(next(defects(self._folder), None))
-        return model
+        return as_stored(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model._weight_conversions = None  # save_pretrained would try to undo the decoding
@@ -91,6 +92,10 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
                 where = output_head.stored_name(model.config) if name == OUTPUT_HEAD else name
                 install_around(module, read_layer(stored, where, scheme))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        # all others, which rename tensors and fuse experts, have no work left: names are those of the file
+        return self.get_weight_conversions()
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         scheme = self.quantization_config.scheme

@@ -9,7 +9,7 @@ from requant_kernels.weight import tensor_names
 from transformers import PreTrainedModel
 
 from requant import models, output_head
-from requant.report import LayerRow, Totals
+from requant.report import ROUTER, LayerRow, Totals
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
 
@@ -26,6 +26,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
             _row(stored, name, (linear.out_features, linear.in_features), stored.scheme.for_layer(name))
             for name, linear in models.linears(model, architecture).items()
         ]
+        rows += [LayerRow.skipped(name, weight, ROUTER) for name, weight in models.routers(model, architecture).items()]
         head = _head_row(stored, model, architecture)
     except KeyError as error:
         raise CheckpointError(f"{stored.contents_file}: {error.args[0]}: missing") from None

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from requant.errors import InputError
+from requant.experts import ExpertNames, unfuse
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ class Pair:
 class Architecture:
     """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with the
     query, key, value and output projections and ends with the MLP's last. ``pairs``: in the order in which a block runs
-    them. ``norm_offset``: a norm multiplies by weight + norm_offset."""
+    them. ``norm_offset``: a norm multiplies by weight + norm_offset. ``experts``: of a mixture-of-experts model, whose
+    blocks have some of ``linears`` and ``routers`` each; ``routers``: what decides between experts, and stays as it
+    is."""
 
     blocks: str
     linears: tuple[str, ...]
@@ -48,10 +51,25 @@ class Architecture:
     # vLLM hands a quantization to the output heads of these: a tied one needs it for the embeddings as well
     quantizable_heads: tuple[Literal["tied", "untied"], ...] = ("tied", "untied")
 
+    experts: ExpertNames | None = None
+    routers: tuple[str, ...] = ()
+
     @property
-    def row_parallel(self) -> tuple[str, str]:
-        """Whose columns tensor parallelism splits."""
-        return self.linears[3], self.linears[-1]
+    def row_parallel(self) -> tuple[str, ...]:
+        """How the names of layers end whose columns tensor parallelism splits."""
+        return (self.linears[3], self.linears[-1], *((self.experts.down,) if self.experts else ()))
+
+    def of(self, block: nn.Module) -> "Architecture":
+        """What ``block`` has of it, its experts spelled out."""
+        if self.experts is None:
+            return self
+        present, experts = {name for name, _ in block.named_modules()}, list(self.experts.of(block))
+        return replace(
+            self,
+            linears=(*filter(present.__contains__, self.linears), *(name for expert in experts for name in expert)),
+            fused=(*filter(present.issuperset, self.fused), *((gate, up) for gate, up, _ in experts)),
+            routers=tuple(filter(present.__contains__, self.routers)),
+        )
 
     @property
     def stages(self) -> list[tuple[str, ...]]:
@@ -96,14 +114,41 @@ OPT = Architecture(
     quantizable_heads=(),
 )
 
+_ATTENTION = LLAMA.linears[:4]
+
+MIXTRAL = replace(
+    LLAMA,
+    linears=_ATTENTION,
+    fused=(_QKV,),
+    pairs=(),
+    experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
+    routers=("block_sparse_moe.gate",),
+)
+
+_SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
+
+QWEN_MOE = replace(
+    LLAMA,
+    linears=(*LLAMA.linears, *_SHARED, "mlp.shared_expert.down_proj"),
+    fused=(*LLAMA.fused, _SHARED),
+    pairs=(),
+    experts=ExpertNames(),
+    routers=("mlp.gate", "mlp.shared_expert_gate"),
+)
+
+_QWEN3_NORMS = (*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm")
+
 ARCHITECTURES = {
     "llama": LLAMA,  # SmolLM and SmolLM2 too
     "mistral": LLAMA,
     "qwen2": LLAMA,
-    "qwen3": replace(LLAMA, norms=(*LLAMA.norms, "self_attn.q_norm", "self_attn.k_norm")),
+    "qwen3": replace(LLAMA, norms=_QWEN3_NORMS),
     "smollm3": LLAMA,
     "gemma": GEMMA,
     "opt": OPT,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": QWEN_MOE,
+    "qwen3_moe": replace(QWEN_MOE, norms=_QWEN3_NORMS),
 }
 
 
@@ -121,10 +166,19 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     ``config`` describe none."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return as_stored(AutoModelForCausalLM.from_config(config))
     except Exception as error:  # transformers checks little: a wrong number may surface as anything
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(f"config.json: no model can be built from it ({reason})") from None
+
+
+def as_stored(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, changed so that its parameters are the tensors of its checkpoint, name by name."""
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    if architecture and architecture.experts:
+        for _, block in blocks(model, architecture):
+            unfuse(block, architecture.experts)
+    return model
 
 
 def blocks(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, nn.Module]]:
@@ -141,22 +195,34 @@ def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.
     """
     found: dict[str, nn.Linear] = {}
     for prefix, block in blocks(model, architecture):
-        known = {*architecture.linears, *architecture.norms}
+        local = architecture.of(block)
+        known = {*local.linears, *local.norms, *local.routers}
         for name in dict.fromkeys(parameter.rpartition(".")[0] for parameter, _ in block.named_parameters()):
             if name not in known:
                 raise InputError(f"{prefix}.{name}: not known in a block of {model.config.model_type!r}")
-        for name in architecture.linears:
+        for name in local.linears:
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             found[f"{prefix}.{name}"] = linear
     return found
 
 
+def routers(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """The weights [E, C] of all blocks' routers and gates by the full name of the layer; never quantized."""
+    return {
+        f"{prefix}.{name}": block.get_parameter(f"{name}.weight")
+        for prefix, block in blocks(model, architecture)
+        for name in architecture.of(block).routers
+    }
+
+
 def shared_schemes(model: PreTrainedModel, architecture: Architecture) -> list[list[str]]:
     """The linear layers of all blocks, in order, by sets that must share a scheme."""
-    members = {name: names for names in architecture.fused for name in names}
-    local = dict.fromkeys(members.get(name, (name,)) for name in architecture.linears)
-    return [[f"{prefix}.{name}" for name in names] for prefix, _ in blocks(model, architecture) for names in local]
+    return [
+        [f"{prefix}.{name}" for name in names]
+        for prefix, block in blocks(model, architecture)
+        for names in architecture.of(block).stages
+    ]
 
 
 def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tensor, str]:

@@ -32,7 +32,7 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
     changes |= {name: given[name] for name in ("target_bits", "mixed", "quantize_lm_head", "seed") if name in given}
     changes |= aweq.changes(recipe, given)
-    calibration = {name: given[name] for name in ("samples", "seqlen") if name in given}
+    calibration = {name: given[name] for name in ("samples", "seqlen", "unreached") if name in given}
     if "calibration" in given:
         calibration["text"] = given["calibration"]
     return replace(recipe, calibration=replace(recipe.calibration, **calibration), **changes)

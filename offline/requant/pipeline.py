@@ -26,7 +26,7 @@ from requant.planning import fitted, plan
 from requant.progress import track
 from requant.quantizers.bases import DATA_FREE
 from requant.recipe import Recipe
-from requant.report import LayerRow, Report, Totals
+from requant.report import ROUTER, LayerRow, Report, Totals
 from requant.sensitivity.store import Stores, offloaded
 from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
@@ -123,11 +123,11 @@ class _Walk:
         return row
 
     def _write_block(self, prefix: str, block: nn.Module) -> list[LayerRow]:
-        rows = []
+        rows, architecture = [], self.architecture.of(block)
         for local, parameter in block.named_parameters():
             name, tensor = f"{prefix}.{local}", _checked(f"{prefix}.{local}", parameter.detach())
             layer = name.removesuffix(".weight")
-            linear = local.removesuffix(".weight") in self.architecture.linears
+            linear = local.removesuffix(".weight") in architecture.linears
             scheme = self.scheme.for_layer(layer) if linear else None
             if scheme:
                 stored = self.layers.pop(layer, None) or self._quantized(layer, tensor, scheme)
@@ -137,6 +137,8 @@ class _Walk:
                 self.shards.add(name, tensor)
                 if linear:
                     rows.append(LayerRow.skipped(layer, tensor, "ignored by the recipe"))
+                elif local.removesuffix(".weight") in architecture.routers:
+                    rows.append(LayerRow.skipped(layer, tensor, ROUTER))
         return rows
 
     def _add(self, layer: str, stored: QuantizedLayer) -> None:

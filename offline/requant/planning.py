@@ -8,20 +8,24 @@ from dataclasses import replace
 import torch
 from requant_kernels.packing import WORD
 from requant_kernels.scheme import GROUP_SIZES, HEAD_SCHEME, CheckpointScheme, LayerScheme
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from requant import models, output_head
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
 from requant.recipe import Recipe
+from requant.settings import CODEBOOK, EQUALIZED
 
 
 def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> CheckpointScheme:
     """The scheme to be written into config.json. Raises InputError naming the layer, the reason and the way out."""
     architecture = models.ARCHITECTURES[config.model_type]
-    linears = models.linears(models.skeleton(config), architecture)
+    model = models.skeleton(config)
+    linears = models.linears(model, architecture)
     if recipe.equalization.wanted:
         Rewriter.of(config, architecture, torch.float32)
+    if architecture.experts:
+        _refuse_for_experts(recipe, config.model_type)
     for key in ("overrides", "ignore"):
         for pattern in getattr(recipe, key):
             if not any(re.fullmatch(pattern, name) for name in linears):
@@ -30,7 +34,7 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
     scheme = CheckpointScheme(
         recipe.layer_scheme,
         overrides=({head: HEAD_SCHEME} if recipe.quantize_lm_head else {}) | recipe.layer_schemes,
-        ignore=recipe.ignore if recipe.quantize_lm_head else (head, *recipe.ignore),
+        ignore=(*(() if recipe.quantize_lm_head else (head,)), *_routers(architecture), *recipe.ignore),
         producer=producer,
     )
     if recipe.quantize_lm_head and not output_head.scheme_of(scheme, config):
@@ -44,7 +48,7 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
         raise InputError("ignore: leaves no layer to quantize")
     for group_size, in_features in packed.items():
         _refuse_shapes(in_features, group_size)
-    if split := split_fused(scheme, config):
+    if split := split_fused(scheme, model):
         raise InputError(split[0])
     return scheme
 
@@ -73,13 +77,36 @@ def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:
             )
 
 
-def split_fused(scheme: CheckpointScheme, config: PreTrainedConfig) -> list[str]:
-    """One line for every set of layers that vLLM runs as one and that ``scheme`` stores in different ways."""
-    architecture = models.ARCHITECTURES[config.model_type]
+def _routers(architecture: models.Architecture) -> list[str]:
+    """Patterns of what decides between experts: small, and a wrong decision costs more than any rounding."""
+    return [rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(name)}" for name in architecture.routers]
+
+
+def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:
+    """What needs every token at every layer, and equalization, whose pairs no one has written down for experts."""
+    static = any(one.activations and not one.activations.dynamic for one in recipe.all_schemes)
+    refusals = {
+        f"base {recipe.base!r} (use --base gptq)": recipe.base in (*EQUALIZED, *CODEBOOK),
+        "bias correction (use --no-bias-correction)": recipe.bias_correction,
+        "static input steps (use --activations dynamic)": static,
+    }
+    for what, wanted in refusals.items():
+        if wanted:
+            raise InputError(f"{model_type}: {what} is not available for mixture-of-experts models")
+
+
+def split_fused(scheme: CheckpointScheme, model: PreTrainedModel) -> list[str]:
+    """One line for every set of layers that vLLM runs as one, or with one method, and that ``scheme`` stores in ways
+    that do not go together."""
+    architecture = models.ARCHITECTURES[model.config.model_type]
     lines = []
-    for index in range(config.num_hidden_layers):
-        prefix = f"{architecture.blocks}.{index}"
-        for members in architecture.fused:
+    for prefix, block in models.blocks(model, architecture):
+        for members in architecture.of(block).fused:
             if len({scheme.for_layer(f"{prefix}.{member}") for member in members}) > 1:
                 lines.append(f"{prefix}: {', '.join(members)} run as one layer in vLLM and must share one scheme")
+        if architecture.experts:
+            experts = [f"{prefix}.{name}" for names in architecture.experts.of(block) for name in names]
+            ignored = [name for name in experts if scheme.for_layer(name) is None]
+            if 0 < len(ignored) < len(experts):
+                lines.append(f"{ignored[0]}: is ignored, but not all experts of its block; it is all or none in vLLM")
     return lines

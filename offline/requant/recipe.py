@@ -116,7 +116,7 @@ class Recipe:
             raise InputError("recipe: distillation and selection.restore know no rounded inputs and bias correction")
         if self.target_bits is not None and (self.settled or self.overrides):
             raise InputError("recipe: target_bits spends bits on weights alone: no activations, corrections, overrides")
-        if any(scheme.weights.codebook != (self.base in CODEBOOK) for scheme in self._all_schemes):
+        if any(scheme.weights.codebook != (self.base in CODEBOOK) for scheme in self.all_schemes):
             raise InputError(f"recipe: base {self.base!r} can not make the weights of every override")
         per_tensor = any(
             one.per_tensor for one in (self.activations, *(o.activations for o in self.overrides.values()))
@@ -127,7 +127,7 @@ class Recipe:
     @property
     def settled(self) -> bool:
         """Whether any layer has its input rounded or its bias corrected, after its weights are what they will be."""
-        return self.bias_correction or any(scheme.activations for scheme in self._all_schemes)
+        return self.bias_correction or any(scheme.activations for scheme in self.all_schemes)
 
     @property
     def layer_scheme(self) -> LayerScheme:
@@ -139,7 +139,7 @@ class Recipe:
         return {pattern: self._scheme(one.weights, one.activations) for pattern, one in self.overrides.items()}
 
     @property
-    def _all_schemes(self) -> list[LayerScheme]:
+    def all_schemes(self) -> list[LayerScheme]:
         return [self.layer_scheme, *self.layer_schemes.values()]
 
     def activations_of(self, layer: str) -> Activations:
@@ -170,7 +170,7 @@ class Recipe:
         adaptive = self.outliers > 0 and self.selection.rule != "magnitude"
         chosen = self.significant > 0 or adaptive or self.target_bits is not None
         aweq = self.equalization.wanted or self.bias_correction
-        static = any(one.activations is not None and not one.activations.dynamic for one in self._all_schemes)
+        static = any(one.activations is not None and not one.activations.dynamic for one in self.all_schemes)
         trained = self.base not in DATA_FREE or self.distillation.steps > 0
         return trained or chosen or aweq or static
 

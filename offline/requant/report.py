@@ -9,6 +9,8 @@ from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
+ROUTER = "router"  # why one is stored as it was
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -121,8 +123,11 @@ class Report:
 
     def remarks(self) -> list[str]:
         """What calibration decided about whole layers, a line for each kind of decision."""
-        decisions = ((self.calibration or {}).get("decisions") or {}).values()
+        calibration = self.calibration or {}
+        decisions = calibration.get("decisions", {}).values()
         lines = []
+        if unreached := calibration.get("unreached"):
+            lines.append(f"rounded to nearest, for no calibration token reaches them: {', '.join(unreached)}")
         if pairs := [one["alpha"] for one in decisions if "alpha" in one]:
             lines.append(f"{len(pairs) - pairs.count(None)} of {len(pairs)} pairs equalized")
         if static := [one["switched"] for one in decisions if "static_error" in one]:

@@ -29,6 +29,7 @@ SENSITIVITIES = (
 ADDITIVE = ("pqi-second-moment", "fisher-error")  # whose scores add up to a predicted loss
 OutlierRule = Literal["magnitude", "quartiles", "adaptive"]
 Quadrature = Literal["midpoint", "trapezoid", "paper"]
+Unreached = Literal["refuse", "rtn"]
 BUILTIN = "builtin"
 
 
@@ -49,13 +50,19 @@ def _rates(part: object, where: str, *names: str) -> None:
 @dataclass(frozen=True)
 class Calibration:
     """text: a UTF-8 file, or 'builtin' (English prose in the public domain); ``samples`` windows of ``seqlen`` tokens
-    are taken from it."""
+    are taken from it. unreached: what to do with the layers of an expert that no token of it is routed to; 'rtn': round
+    them to nearest and name them in the report."""
 
     text: str = BUILTIN
     samples: int = 64
     seqlen: int = 512
+    unreached: Unreached = "refuse"
 
     def __post_init__(self) -> None:
+        if self.unreached not in get_args(Unreached):
+            raise InputError(
+                f"calibration: unreached {self.unreached!r} is not one of {', '.join(get_args(Unreached))}"
+            )
         _whole(self, "calibration", samples=2, seqlen=16)
 
 

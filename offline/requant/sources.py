@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from requant.errors import InputError
-from requant.models import architecture_of
+from requant.models import architecture_of, as_stored
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -141,7 +141,7 @@ def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise InputError(f"{source.folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
     if unknown := sorted(info["unexpected_keys"]):
         raise InputError(f"{source.folder}: {unknown[0]} belongs to no {model.config.model_type} of transformers")
-    return model
+    return as_stored(model)
 
 
 def write_sidecars(source: Source, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What the inputs of linear layers look like: one pass over a block that every calibrated base quantizer shares."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def collect(
     """Statistics of the inputs of ``linears`` (names -> layers of ``block``) while ``block`` runs on ``inputs``.
 
     inputs: hidden states [B, T, C], of the already quantized preceding blocks. Layers that are fed the same tensor
-    share one InputStatistics. Raises InputError naming a layer that no token reaches.
+    share one InputStatistics; layers that no token reaches have none.
     """
     found: dict[str, InputStatistics] = {}
     last: tuple[torch.Tensor, InputStatistics] | None = None
@@ -73,7 +73,29 @@ def collect(
     with hooked({linear: note(name, linear) for name, linear in linears.items()}):
         for hidden in inputs:
             run_block(block, hidden, keywords)
-    for name in linears:
-        if name not in found or not found[name].count:
-            raise InputError(f"{name}: no calibration token reaches this layer; calibrate on more, or other, text")
+    return {name: statistics for name, statistics in found.items() if statistics.count}
+
+
+@torch.no_grad()
+def reached(
+    block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Sequence[torch.Tensor], keywords: dict[str, Any]
+) -> set[str]:
+    """Which of ``linears`` any token of ``inputs`` comes to: ``collect`` without the cost of statistics."""
+    found: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _, args: found.update([name] if args[0].numel() else [])
+
+    with hooked({linear: note(name) for name, linear in linears.items()}):
+        for hidden in inputs:
+            run_block(block, hidden, keywords)
     return found
+
+
+def refuse_unreached(layers: Iterable[str]) -> None:
+    """Raises InputError naming the first of ``layers``, all those that no token reaches, unless there are none."""
+    if names := list(layers):
+        raise InputError(
+            f"{names[0]}: no calibration token reaches this layer ({len(names)} in its block); calibrate on more, or "
+            "other, text, or have such layers rounded to nearest (--unreached rtn)"
+        )

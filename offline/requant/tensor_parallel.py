@@ -6,19 +6,26 @@ from requant_kernels import tensor_parallel
 from requant_kernels.scheme import LayerScheme
 from transformers import PreTrainedModel
 
-from requant.models import ARCHITECTURES
+from requant import models
 
 
 def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
-    """One line for each layer of a block that can not be split over ``degree`` ranks; empty where all can."""
-    config, architecture = model.config, ARCHITECTURES[model.config.model_type]
-    query, key, *_, down = (f"{architecture.blocks}.0.{name}" for name in architecture.linears)
+    """One line for each layer of a block that can not be split over ``degree`` ranks; empty where all can. Of all MLPs
+    of a block, and of its experts, one line for each width."""
+    config = model.config
+    linears = models.linears(model, models.ARCHITECTURES[config.model_type])
+    query, key, *_, last = linears
     heads = config.num_attention_heads
-    shape = tensor_parallel.Shape(
-        heads, getattr(config, "num_key_value_heads", heads), model.get_submodule(down).in_features
-    )
-    layer_of = {"heads": query, "key_value_heads": key, "width": down}
-    return [f"{layer_of[field]}: {why}" for field, why in tensor_parallel.obstacles(shape, degree).items()]
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    downs = {
+        linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == last.split(".")[-1]
+    }
+    lines: dict[str, None] = {}  # in order, each once
+    for width, down in downs.items():
+        layer_of = {"heads": query, "key_value_heads": key, "width": down}
+        found = tensor_parallel.obstacles(tensor_parallel.Shape(heads, kv_heads, width), degree)
+        lines |= dict.fromkeys(f"{layer_of[field]}: {why}" for field, why in found.items())
+    return list(lines)
 
 
 def cut_groups(
@@ -26,7 +33,7 @@ def cut_groups(
 ) -> list[str]:
     """What ``degree`` ranks, which no obstacle forbids, do to groups: one line for each thing that happens, with the
     first layer it happens to and the number of others. layers: (scheme, [N, K]) of each, by full name."""
-    row_parallel = ARCHITECTURES[model.config.model_type].row_parallel
+    row_parallel = models.ARCHITECTURES[model.config.model_type].row_parallel
     happening: dict[str, list[str]] = {}
     for name, (scheme, (_, columns)) in layers.items():
         what = tensor_parallel.cut_groups(columns, scheme.weights.group_size, degree)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from requant.errors import InputError
-from requant.statistics import collect
+from requant.statistics import collect, reached, refuse_unreached
 from requant.walk import block_calls, run_block
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,6 +76,9 @@ def test_rescaled_statistics_are_those_of_scaled_inputs() -> None:
 
 def test_a_layer_that_no_token_reaches_is_named() -> None:
     model = tiny()
-    calls = block_calls(model, model.model.layers, SAMPLES)
-    with pytest.raises(InputError, match="expert: no calibration token reaches this layer"):
-        collect(model.model.layers[0], {"expert": nn.Linear(4, 4)}, calls.hidden, calls.keywords[0])
+    block, calls = model.model.layers[0], block_calls(model, model.model.layers, SAMPLES)
+    linears = {"expert": nn.Linear(4, 4), "query": block.self_attn.q_proj}
+    assert collect(block, linears, calls.hidden, calls.keywords[0]).keys() == {"query"}
+    assert reached(block, linears, calls.hidden, calls.keywords[0]) == {"query"}
+    with pytest.raises(InputError, match=r"^expert: no calibration token reaches this layer \(1 in its block\)"):
+        refuse_unreached(["expert"])

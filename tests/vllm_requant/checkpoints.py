@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from requant.models import as_stored
 from requant_kernels.layer import layer_from_tensors
 from requant_kernels.reference import dequantize, linear
 from requant_kernels.scheme import CheckpointScheme
@@ -13,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 from tests.kernels.strategies import random_w8a8, random_weight
@@ -49,11 +53,30 @@ HEADS: dict[str, PreTrainedConfig] = {
     for kind in ("tied", "untied")
 }
 
+# Of experts 320 wide: two ranks cut groups of 64 columns in the middle.
+_EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+EXPERT_CONFIGS: dict[str, PreTrainedConfig] = {
+    "mixtral": MixtralConfig(**_COMMON, **_EXPERTS, num_local_experts=4, intermediate_size=320),
+    # a dense block, and shared experts in the other
+    "qwen2_moe": Qwen2MoeConfig(
+        **_COMMON,
+        **_EXPERTS,
+        num_experts=4,
+        moe_intermediate_size=320,
+        intermediate_size=384,
+        shared_expert_intermediate_size=192,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_COMMON, **_EXPERTS, num_experts=4, moe_intermediate_size=320, intermediate_size=384, head_dim=32
+    ),
+}
+
 
 def random_model(kind: str, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((CONFIGS | HEADS)[kind], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config((CONFIGS | HEADS | EXPERT_CONFIGS)[kind], dtype=torch.bfloat16)
     for parameter in model.parameters():  # biases and norms are trivial otherwise
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -105,7 +128,7 @@ def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
     tensors |= {f"{name}.weight": dequantize(weight) for name, weight in weights.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = as_stored(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     for name, weight in weights.items():
         module = model.get_submodule(name)
         module.forward = partial(linear, weight=weight, bias=module.bias)

@@ -133,10 +133,10 @@ def expected(folder, stored, heads) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
     models = {name: decoded(path, folder / f"{name} decoded") for name, path in stored.items()}
     models |= {name: api.load_quantized(path) for name, path in heads.items()}
-    return {name: _logprobs(model) for name, model in models.items()}
+    return {name: logprobs(model) for name, model in models.items()}
 
 
-def _logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
+def logprobs(model: torch.nn.Module) -> list[torch.Tensor]:
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1) for prompt in PROMPTS]
 

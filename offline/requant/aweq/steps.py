@@ -56,7 +56,8 @@ class Steps:
         local = self._local(prefix, layers)
         settings = {name: self.recipe.activations_of(f"{prefix}.{name}") for name in local}
         settler = Settler(original, outputs, quantized, settings)
-        settled, notes = settler.settle(self.architecture.stages, local, self._local(prefix, self.schemes))
+        stages = self.architecture.of(original.block).stages
+        settled, notes = settler.settle(stages, local, self._local(prefix, self.schemes))
         self.notes.update({f"{prefix}.{name}": note for name, note in notes.items()})
         after = [run_block(quantized.block, sample, original.keywords) for sample in hidden]
         return {f"{prefix}.{name}": layer for name, layer in settled.items()}, after

@@ -1,0 +1,82 @@
+"""Routed experts as ordinary linear layers, under the names that they have in checkpoints.
+
+transformers (5.x) holds the experts of a block in two 3-D parameters, and some blocks under another name than their
+files; everything here that quantizes, observes or decodes a linear layer wants one module for each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+HOLDER = "mlp"  # what every block of transformers calls the module with its router and its experts
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """As checkpoints have them. ``holder``: the block's module with router and experts. An expert computes
+    down(act(gate(x)) * up(x))."""
+
+    holder: str = HOLDER
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def of(self, block: nn.Module) -> Iterator[tuple[str, str, str]]:
+        """(gate, up, down) of each expert of ``block``, relative to it; of none in a dense block."""
+        holder = dict(block.named_children()).get(self.holder)
+        experts = getattr(holder, "experts", None)
+        for index in range(len(experts) if isinstance(experts, UnfusedExperts) else 0):
+            prefix = f"{self.holder}.experts.{index}"
+            yield f"{prefix}.{self.gate}", f"{prefix}.{self.up}", f"{prefix}.{self.down}"
+
+
+class UnfusedExperts(nn.ModuleList):
+    """E experts of three linear layers each, in the place of transformers' module that holds them as one.
+
+    Its weights are slices of that module's ``gate_up_proj`` [E, 2 I, C] and ``down_proj`` [E, C, I].
+    """
+
+    def __init__(self, fused: nn.Module, names: ExpertNames) -> None:
+        gates_up, downs = fused.get_parameter("gate_up_proj").detach(), fused.get_parameter("down_proj").detach()
+        super().__init__(
+            nn.ModuleDict({names.gate: _linear(gate), names.up: _linear(up), names.down: _linear(down)})
+            for (gate, up), down in zip((one.chunk(2) for one in gates_up), downs, strict=True)
+        )
+        # not the module itself, which would count as one more expert
+        self._names, self._act = names, fused.get_submodule("act_fn").forward
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, C], the experts of each token [T, k] and their weights [T, k] -> [T, C]; only experts that a token
+        reaches run."""
+        output = torch.zeros_like(hidden_states)
+        for index in sorted(set(top_k_index.flatten().tolist())):
+            expert = self[index]
+            token, place = torch.where(top_k_index == index)
+            x = hidden_states[token]
+            y = expert[self._names.down](self._act(expert[self._names.gate](x)) * expert[self._names.up](x))
+            output = output.index_add(0, token, (y * top_k_weights[token, place, None]).to(output.dtype))
+        return output
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def unfuse(block: nn.Module, names: ExpertNames) -> None:
+    """Gives the experts of ``block``, as transformers builds it, modules of their own; leaves a dense block alone."""
+    holder = block.get_submodule(HOLDER)
+    fused = getattr(holder, "experts", None)
+    if fused is None:
+        return
+    holder.experts = UnfusedExperts(fused, names)
+    if names.holder != HOLDER:
+        # its forward goes on calling it by the old name, which is now that of an attribute and of no submodule
+        del block._modules[HOLDER]
+        block.add_module(names.holder, holder)
+        block.__dict__[HOLDER] = holder
