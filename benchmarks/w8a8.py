@@ -25,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import torch
 from requant import api
 from requant.aweq.settings import SEARCH, Activations, Equalization
-from requant.recipe import Recipe
+from requant.recipe import Recipe, load_recipe
 from requant.settings import Calibration
 from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
 
@@ -51,7 +51,8 @@ def activations(mode: str, method: str = "mse", *, symmetric: bool = True) -> Ac
 
 
 def w8a8_rows(alphas: list[float]) -> list[Row]:
-    """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction, with asymmetric inputs."""
+    """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction, with asymmetric inputs;
+    and what the presets are."""
 
     def row(name: str, mode: str, equalization: Equalization, **more: Any) -> Row:
         return Row(f"{name}|{mode}", Recipe(W8A8_WEIGHTS, equalization=equalization, **more))
@@ -71,6 +72,10 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         for mode in MODES:
             settings = {"activations": activations(mode, symmetric=symmetric), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", strength), **settings))
+    rows += [
+        Row(f"AWEQ, preset|{mode}", load_recipe(name))
+        for mode, name in (("dynamic", "aweq-w8a8"), ("static", "aweq-w8a8-static"))
+    ]
     return rows
 
 

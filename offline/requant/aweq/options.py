@@ -10,7 +10,9 @@ from requant.recipe import Recipe
 def preset(given: Mapping[str, Any]) -> str | None:
     """For --method aweq, whose own is W8A8, and for --activations alone; None where neither is ``given``."""
     if given.get("method") == "aweq":
-        return "aweq-w8a8" if given.get("bits", 8) == 8 else "aweq-w4"
+        if given.get("bits", 8) != 8 or given.get("activations") == "none":
+            return "aweq-w4"
+        return "aweq-w8a8-static" if given.get("activations") == "static" else "aweq-w8a8"
     return "rtn-w8a8" if given.get("activations", "none") != "none" else None
 
 
