@@ -17,12 +17,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+from requant.markdown import table
 from requant.recipe import Recipe
 from requant.settings import BASES, CODEBOOK, SENSITIVITIES, Calibration, Selection
 from requant_kernels.scheme import WeightScheme
 
 from benchmarks.quality import arguments as arguments_of
-from benchmarks.quality.jobs import Job, Row, markdown, run
+from benchmarks.quality.jobs import Job, Row, run
 
 OUTLIERS, SIGNIFICANT = 0.0045, 0.0005
 SEEDS = (0, 1, 2)
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = [Job("as it is", protocol, None), *(Job(name, protocol, recipe) for name, recipe in variants(plain))]
     rows = run(jobs, arguments.json)
     head = ("variant", "true bits", *rows[0].perplexities, "integral / measured dF")
-    print(markdown(head, ((row.name, f"{row.bits:.3f}", *values(row), complete(row)) for row in rows)))
+    print(table(head, ((row.name, f"{row.bits:.3f}", *values(row), complete(row)) for row in rows)))
 
 
 def values(row: Row) -> list[str]:

@@ -19,12 +19,13 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+from requant.markdown import table
 from requant.recipe import Recipe, load_recipe
 from requant.settings import CODEBOOK, Distillation
 from requant_kernels.scheme import WeightScheme
 
 from benchmarks.quality import arguments as arguments_of
-from benchmarks.quality.jobs import Job, markdown, run
+from benchmarks.quality.jobs import Job, run
 
 DISTILLED = "distilled"
 DISTILLATION = Distillation(steps=60, batch=8, rate=0.01, range_rate=0.002, value_rate=0.01)  # where a preset has none
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         for row in rows
     )
-    print(markdown(head, cells))
+    print(table(head, cells))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import torch
 from requant import models, sources
 from requant.calibration import read_windows
+from requant.markdown import table
 from requant.sensitivity import pqi
 from requant.sensitivity.quadrature import Rule, nodes
 from requant.settings import Calibration
 from requant_kernels.rounding import rtn
 from requant_kernels.scheme import WeightScheme
-
-from benchmarks.quality.jobs import markdown
 
 FRACTIONS = (0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 SHARES = (0.0005, 0.0015, 0.005, 0.0071, 0.01, 0.0525)
@@ -76,7 +75,7 @@ def layers_alone(path: pqi.Path, samples: list[torch.Tensor], first: dict[str, f
     for name in path.parameters:
         blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
     rows = [row(f"block {index}", names) for index, names in enumerate(blocks.values())]
-    return markdown(head, [*rows, row("all", list(path.parameters))])
+    return table(head, [*rows, row("all", list(path.parameters))])
 
 
 def along_the_path(path: pqi.Path, samples: list[torch.Tensor], first: float, second: float) -> str:
@@ -87,7 +86,7 @@ def along_the_path(path: pqi.Path, samples: list[torch.Tensor], first: float, se
     for t in FRACTIONS:
         one, two, measured = t * first, t * t * tokens * second, path.loss_at(t, samples) - before
         rows.append((t, *(f"{value:.4e}" for value in (one, two, one + two, measured))))
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def integrals(path: pqi.Path, samples: list[torch.Tensor], intervals: list[int]) -> str:
@@ -101,7 +100,7 @@ def integrals(path: pqi.Path, samples: list[torch.Tensor], intervals: list[int])
             yield f"{total:.5f} ({100 * (total / measured - 1):+.2f} %)"
 
     head = ("rule", *(f"N = {count}" for count in intervals), "measured")
-    return markdown(head, ((rule, *cells(rule), f"{measured:.5f}") for rule in RULES))
+    return table(head, ((rule, *cells(rule), f"{measured:.5f}") for rule in RULES))
 
 
 def coverage(path: pqi.Path, samples: list[torch.Tensor], intervals: int) -> str:
@@ -121,7 +120,7 @@ def coverage(path: pqi.Path, samples: list[torch.Tensor], intervals: int) -> str
             yield f"{100 * float(ordered[: round(share * len(ordered))].double().sum()) / total:.2f} %"
 
     head = ("score", *(f"top {100 * share:g} %" for share in SHARES))
-    return markdown(head, ((name, *cells(score)) for name, score in scores.items()))
+    return table(head, ((name, *cells(score)) for name, score in scores.items()))
 
 
 def main() -> None:
@@ -141,13 +140,13 @@ def main() -> None:
     path, samples = path_of(arguments)
     if {1, 2} & set(arguments.only):
         first, second = orders(path, samples)
-    for table in arguments.only:
-        print(f"\nTable {table}", flush=True)
-        if table == 1:
+    for number in arguments.only:
+        print(f"\nTable {number}", flush=True)
+        if number == 1:
             print(layers_alone(path, samples, first, second))
-        elif table == 2:
+        elif number == 2:
             print(along_the_path(path, samples, sum(first.values()), sum(second.values())))
-        elif table == 3:
+        elif number == 3:
             print(integrals(path, samples, arguments.intervals))
         else:
             print(coverage(path, samples, arguments.intervals[0]))

@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 from aiohttp import ClientSession, ClientTimeout
 from requant.bench.environment import environment
+from requant.processes import leave
 from requant.server import Server, ServerError, serve
 
 from benchmarks.soaking.clients import Target
@@ -90,10 +90,6 @@ def summary(report: dict[str, Any]) -> str:
     )
 
 
-def stop(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
@@ -103,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write memory over time and all counts")
     parser.add_argument("--vllm", nargs=argparse.REMAINDER, default=[])
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, stop)  # so that no server is left behind
+    signal.signal(signal.SIGTERM, leave)  # so that no server is left behind
     vocabulary = json.loads((options.checkpoint / "config.json").read_text())["vocab_size"]
     arguments = ["--max-model-len", str(MAX_MODEL_LEN), "--seed", "0", *options.vllm]
     where = environment() | {"settings": arguments}

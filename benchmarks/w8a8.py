@@ -11,25 +11,23 @@ that the JSON file holds already are not measured again, so that an interrupted 
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-import torch
 from requant import api
 from requant.aweq.settings import SEARCH, Activations, Equalization
+from requant.markdown import table
 from requant.recipe import Recipe, load_recipe
 from requant.settings import Calibration
 from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
 
-from benchmarks.quality.jobs import markdown
+from benchmarks.quality.jobs import conditions
 
 NEVER = 1e9  # a limit that no layer exceeds: all stay static
 MODES = {"dynamic": "per token", "static": "per tensor", "all static": "per tensor, every layer"}
@@ -52,7 +50,7 @@ def activations(mode: str, method: str = "mse", *, symmetric: bool = True) -> Ac
 
 def w8a8_rows(alphas: list[float]) -> list[Row]:
     """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction, with asymmetric inputs;
-    and what the presets are."""
+    and the dynamic preset."""
 
     def row(name: str, mode: str, equalization: Equalization, **more: Any) -> Row:
         return Row(f"{name}|{mode}", Recipe(W8A8_WEIGHTS, equalization=equalization, **more))
@@ -72,11 +70,8 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         for mode in MODES:
             settings = {"activations": activations(mode, symmetric=symmetric), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", strength), **settings))
-    rows += [
-        Row(f"AWEQ, preset|{mode}", load_recipe(name))
-        for mode, name in (("dynamic", "aweq-w8a8"), ("static", "aweq-w8a8-static"))
-    ]
-    return rows
+    # the static preset is the searched one with bias correction
+    return [*rows, Row("AWEQ, preset|dynamic", load_recipe("aweq-w8a8"))]
 
 
 def weight_rows(group_size: int) -> list[Row]:
@@ -108,7 +103,7 @@ def measure(row: Row, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"perplexity": found.perplexity, "remarks": report.remarks(), "seconds": seconds}
 
 
-def table(found: dict[str, dict[str, Any]], columns: list[str], original: float) -> str:
+def report(found: dict[str, dict[str, Any]], columns: list[str], original: float) -> str:
     """Markdown: a line for each method, a column for each mode; below, what was decided about layers."""
     names = dict.fromkeys(key.split("|")[0] for key in found)
     cells = (
@@ -116,7 +111,7 @@ def table(found: dict[str, dict[str, Any]], columns: list[str], original: float)
         for name in names
     )
     remarks = [f"{key.replace('|', ', ')}: {'; '.join(one['remarks'])}" for key, one in found.items() if one["remarks"]]
-    return "\n".join([markdown([f"original {original:.3f}", *columns], cells), "", *remarks])
+    return "\n".join([table([f"original {original:.3f}", *columns], cells), "", *remarks])
 
 
 def main() -> None:
@@ -141,8 +136,7 @@ def main() -> None:
     if "original" not in results:
         original = api.evaluate(arguments.model, arguments.text, seqlen=arguments.seqlen, tokens=arguments.tokens)
         results |= {"original": original.perplexity, "protocol": original.protocol, "rows": {}}
-        results["versions"] = {name: version(name) for name in ("torch", "transformers")}
-        results["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        results["conditions"] = conditions()
     if arguments.weights_only:
         rows, columns = weight_rows(arguments.group_size), ["4 bit", "3 bit"]
     else:
@@ -154,7 +148,7 @@ def main() -> None:
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     known = {row.name: results["rows"][row.name] for row in rows if row.name in results["rows"]}
-    print(f"{results['protocol']}\n\n{table(known, columns, results['original'])}")
+    print(f"{results['protocol']}\n\n{report(known, columns, results['original'])}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from math import gcd
 
 import torch
+from requant_kernels.layer import QuantizedLayer
 from requant_kernels.packing import packed_length
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.sparse import SparsePart, column_dtype
@@ -13,8 +14,12 @@ DENSITY = 0.005  # of the sparse part: what the presets use
 SCALE = 1e-3  # keeps activations finite through any depth
 
 
-def dummy_weight(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> DenseSparseWeight:
+def dummy_layer(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> QuantizedLayer:
     """A layer [rows, columns] with random codes, the same in every run."""
+    return (_w8a8 if scheme.activations else _dense_sparse)(scheme, rows, columns, dtype)
+
+
+def _dense_sparse(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> DenseSparseWeight:
     weights, generator = scheme.weights, torch.Generator("cpu").manual_seed(0)
 
     def words(length: int) -> torch.Tensor:
@@ -41,8 +46,7 @@ def dummy_weight(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtyp
     )
 
 
-def dummy_w8a8(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> W8A8Weight:
-    """The same of int8 weights and inputs."""
+def _w8a8(scheme: LayerScheme, rows: int, columns: int, dtype: torch.dtype) -> W8A8Weight:
     generator = torch.Generator("cpu").manual_seed(0)
     assert scheme.activations is not None
     static = not scheme.activations.dynamic

@@ -1,6 +1,5 @@
 """Quantized linear layers in vLLM: load, lay out, apply."""
 
-from abc import abstractmethod
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from vllm_requant.dummy import dummy_w8a8, dummy_weight
+from vllm_requant.dummy import dummy_layer
 from vllm_requant.in_flight import unquantized
 from vllm_requant.parameters import QUANTIZED, TENSORS, LayerLoader
 from vllm_requant.sharding import LocalIndex
@@ -38,10 +37,6 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, scheme: LayerScheme, names: list[str], *, in_flight: bool = False) -> None:
         self.scheme, self.names, self._in_flight = scheme, names, in_flight
-
-    @abstractmethod
-    def _dummy_weight(self) -> QuantizedLayer:
-        """A layer for ``--load-format dummy``."""
 
     def create_weights(  # noqa: PLR0917 (vLLM's signature)
         self,
@@ -103,7 +98,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _finish_loading(self) -> None:
         if self._dummy:
-            self._prepare(self._dummy_weight())
+            self._prepare(dummy_layer(self.scheme, *self._shape, self._dtype))
         else:
             self._loader.check_complete()
 
@@ -114,9 +109,6 @@ class DenseSparseLinearMethod(RequantLinearMethod):
 
     _dispatch = dense_sparse
     _linear = staticmethod(run_dense_sparse)
-
-    def _dummy_weight(self) -> QuantizedLayer:
-        return dummy_weight(self.scheme, *self._shape, self._dtype)
 
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """W [N, K] in the dtype of the activations, whatever the layout: (I W^T)^T.
@@ -135,6 +127,3 @@ class W8A8LinearMethod(RequantLinearMethod):
 
     _dispatch = w8a8
     _linear = staticmethod(run_w8a8)
-
-    def _dummy_weight(self) -> QuantizedLayer:
-        return dummy_w8a8(self.scheme, *self._shape, self._dtype)

@@ -18,7 +18,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoEActivation, RoutedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from vllm_requant.dummy import dummy_w8a8, dummy_weight
+from vllm_requant.dummy import dummy_layer
 from vllm_requant.parameters import QUANTIZED, TENSORS, LayerLoader
 from vllm_requant.sharding import LocalIndex
 
@@ -93,8 +93,7 @@ class Product:
 
     def fill(self) -> None:
         """For ``--load-format dummy``."""
-        dummy = dummy_w8a8 if self._scheme.activations else dummy_weight
-        self._prepare(dummy(self._scheme, *self._shape, self._dtype))
+        self._prepare(dummy_layer(self._scheme, *self._shape, self._dtype))
 
     def _prepare(self, weight: QuantizedLayer) -> None:
         dispatch: Any = w8a8 if self._scheme.activations else dense_sparse

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import platform
 import resource
 import shutil
 import time
@@ -10,12 +9,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from requant import models, sources
+from requant.bench.environment import environment
 from requant.calibrated import CalibratedRun
 from requant.calibration import read_windows
 from requant.perplexity import perplexity, windows
@@ -178,15 +177,5 @@ def run(jobs: Iterable[Job], path: Path | None) -> list[Row]:
 
 
 def conditions() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-    }
-
-
-def markdown(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Where figures come from. JSON."""
+    return environment() | {"threads": torch.get_num_threads()}

@@ -7,22 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[torch.Tensor], torch.Tensor]  # a linear one, or a whole expert
 
 
 @dataclass(frozen=True)
 class Expert:
     """gate_up: [M, C] -> [M, 2 I], gates first; down: [M, I] -> [M, C]."""
 
-    gate_up: Linear
-    down: Linear
+    gate_up: Layer
+    down: Layer
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(silu(gate) * up)
 
 
-def run_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
+def run_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]) -> torch.Tensor:
     """x [M, C], the experts of each token ids [M, k] (no one twice) and their weights [M, k] -> [M, C] of x's dtype.
 
     Sums in fp32. Which tokens an expert gets is known on the device only, and a CUDA graph can not ask; while one is
@@ -33,7 +33,7 @@ def run_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, exper
 
 
 def on_their_tokens(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]
+    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]
 ) -> torch.Tensor:
     """fp32 [M, C]: every expert runs on the tokens that are routed to it. Waits for the device once."""
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -47,7 +47,7 @@ def on_their_tokens(
     return output
 
 
-def on_all_tokens(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Expert]) -> torch.Tensor:
+def on_all_tokens(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]) -> torch.Tensor:
     """fp32 [M, C]: every expert runs on every token, and counts where the token is routed to it. Never waits."""
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for index, expert in enumerate(experts):

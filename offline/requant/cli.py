@@ -7,13 +7,12 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from requant_kernels.errors import CheckpointError, SchemeError
 
-from requant import options, settings
+from requant import options, processes, settings
 from requant import recipe as recipes
+from requant.arguments import numbers
 from requant.bench import command as bench
 from requant.errors import InputError
 from requant.server import ServerError
@@ -21,7 +20,7 @@ from requant.server import ServerError
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    previous = signal.signal(signal.SIGTERM, _terminate)  # so that unfinished folders are removed
+    previous = signal.signal(signal.SIGTERM, processes.leave)  # so that unfinished folders are removed
     try:
         return int(arguments.run(arguments) or 0)
     except (InputError, SchemeError, CheckpointError, ServerError) as error:
@@ -37,10 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="requant", description="Dense-plus-sparse low-bit checkpoints for vLLM.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -50,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     check.add_argument("out", metavar="OUT")
     check.add_argument(
-        "--tp", type=_degrees, default=(), metavar="1,2,4", help="degrees of tensor parallelism that it must allow"
+        "--tp", type=numbers, default=(), metavar="1,2,4", help="degrees of tensor parallelism that it must allow"
     )
 
     inspect = commands.add_parser("inspect", help="list the layers of a checkpoint", description=_inspect.__doc__)
@@ -194,13 +189,6 @@ def _demo_model(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     write_demo_model(Path(arguments.out), overwrite=arguments.overwrite)
     print(f"{arguments.out}: written")
-
-
-def _degrees(text: str) -> tuple[int, ...]:
-    degrees = tuple(int(part) for part in text.split(","))
-    if min(degrees) < 1:
-        raise ValueError
-    return degrees
 
 
 def _quiet_libraries() -> None:

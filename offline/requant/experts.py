@@ -6,8 +6,10 @@ files; everything here that quantizes, observes or decodes a linear layer wants 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from requant_kernels.experts import on_their_tokens
 from torch import nn
 
 HOLDER = "mlp"  # what every block of transformers calls the module with its router and its experts
@@ -52,14 +54,13 @@ class UnfusedExperts(nn.ModuleList):
     ) -> torch.Tensor:
         """[T, C], the experts of each token [T, k] and their weights [T, k] -> [T, C]; only experts that a token
         reaches run."""
-        output = torch.zeros_like(hidden_states)
-        for index in sorted(set(top_k_index.flatten().tolist())):
-            expert = self[index]
-            token, place = torch.where(top_k_index == index)
-            x = hidden_states[token]
-            y = expert[self._names.down](self._act(expert[self._names.gate](x)) * expert[self._names.up](x))
-            output = output.index_add(0, token, (y * top_k_weights[token, place, None]).to(output.dtype))
-        return output
+        experts = [partial(self._run, expert) for expert in self]
+        return on_their_tokens(hidden_states, top_k_weights, top_k_index, experts).to(hidden_states.dtype)
+
+    def _run(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = map(expert.get_submodule, (self._names.gate, self._names.up, self._names.down))
+        y: torch.Tensor = down(self._act(gate(x)) * up(x))
+        return y
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

@@ -1,9 +1,6 @@
-"""The output head as a quantized layer: where it is stored, as what, and what its weight becomes."""
+"""The output head as a quantized layer: where it is stored, and as what."""
 
-import torch
-from requant_kernels.layer import QuantizedLayer
-from requant_kernels.rounding.layer import round_layer
-from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, check_output_head
+from requant_kernels.scheme import CheckpointScheme, LayerScheme, check_output_head
 from transformers import PreTrainedConfig
 
 from requant import models
@@ -29,8 +26,3 @@ def scheme_of(scheme: CheckpointScheme, config: PreTrainedConfig) -> LayerScheme
                 f"{architecture.head}: vLLM can not quantize the {kind} output head of {config.model_type!r}"
             )
     return chosen
-
-
-def quantize(weight: torch.Tensor) -> QuantizedLayer:
-    """weight [N, K] in the model's dtype -> int8, each row rounded to nearest with a step of its own."""
-    return round_layer(weight, HEAD_SCHEME)

@@ -9,6 +9,7 @@ import torch
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.reference import dequantize
 from requant_kernels.rounding.dense import attach_residual
+from requant_kernels.rounding.layer import round_layer
 from requant_kernels.scheme import CheckpointScheme, LayerScheme
 from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
@@ -111,12 +112,12 @@ class _Walk:
     def _write_outer(self, network: PreTrainedModel) -> LayerRow:
         weight, reason = models.head(network, self.architecture)
         row = LayerRow.skipped(self.architecture.head, weight, reason)
-        head = output_head.stored_name(network.config) if output_head.scheme_of(self.scheme, network.config) else None
+        scheme, layer = output_head.scheme_of(self.scheme, network.config), output_head.stored_name(network.config)
         for name, parameter in models.outer_tensors(network, self.architecture):
             tensor = _checked(name, parameter)
-            if name == f"{head}.weight":
-                stored = output_head.quantize(tensor.to(self.device))
-                self._add(name.removesuffix(".weight"), stored)
+            if scheme and name == f"{layer}.weight":
+                stored = round_layer(tensor.to(self.device), scheme)
+                self._add(layer, stored)
                 row = LayerRow.quantized(row.name, stored, relative_error(tensor, stored), reason)
             else:
                 self.shards.add(name, tensor)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import api, output_head
+from requant import api
 from requant.cli import main
 from requant.errors import InputError
 from requant.recipe import Recipe
 from requant.settings import Calibration
 from requant_kernels.errors import CheckpointError
 from requant_kernels.reference import linear
+from requant_kernels.rounding.layer import round_layer
 from requant_kernels.scheme import HEAD_SCHEME, WeightScheme
 from requant_kernels.w8a8.weight import W8A8Weight
 from safetensors.torch import load_file, save_file
@@ -211,7 +212,7 @@ def test_a_tampered_head_is_named_and_nothing_loads(change, expected, made, tmp_
 
 def test_rows_are_rounded_with_steps_of_their_own():
     weight = torch.tensor([[1.0, -2.0, 0.25], [0.0, 0.0, 0.0], [1e-3, 0.0, 2e-3]], dtype=torch.bfloat16)
-    head = output_head.quantize(weight)
+    head = round_layer(weight, HEAD_SCHEME)
     assert head.codes.dtype == torch.int8
     assert not head.codes[1].any()
     decoded = head.codes.double() * head.scale.double()[:, None]

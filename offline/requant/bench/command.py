@@ -5,6 +5,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+from requant.arguments import number, numbers
 from requant.bench.environment import environment
 from requant.bench.measure import measure, settings
 from requant.bench.models import parse_all
@@ -32,7 +33,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="KIND[:IN:OUT],…",
         help=f"of {kinds}, and the tokens of a prompt and of its answer",
     )
-    bench.add_argument("--repetitions", type=_positive, default=3, metavar="N")
+    bench.add_argument("--repetitions", type=number, default=3, metavar="N")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw throughputs (.png, .svg, .pdf)")
     bench.add_argument(
@@ -69,15 +70,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"{path}: its folder does not exist")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))
+    return tuple(dict.fromkeys(numbers(text)))
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:

@@ -1,8 +1,9 @@
 """Results as two Markdown tables: what the servers take, and how fast they are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from requant.bench.results import Cell, Ratio, Results, middle
+from requant.markdown import table
 
 TIMES = ("median_ttft_ms", "median_itl_ms", "p99_itl_ms")
 
@@ -16,13 +17,13 @@ def _footprints(results: Results) -> str:
         (name, _mb(one.disk_bytes), f"{one.startup_seconds:.0f}", _mb(one.peak_resident_bytes))
         for name, one in results.models.items()
     ]
-    return _table(("model", "on disk, MB", "start-up, s", "peak memory of its server, MB"), rows)
+    return table(("model", "on disk, MB", "start-up, s", "peak memory of its server, MB"), rows)
 
 
 def _speeds(results: Results) -> str:
     over = f"over {results.reference} (low-high)" if results.reference else ""
     head = ("workload", "model", "tokens/s", "first token, ms", "inter-token, ms", "its p99, ms", over)
-    return _table(
+    return table(
         head if over else head[:-1],
         [_speed(results, cell, name)[: len(head) if over else -1] for cell in results.cells for name in results.models],
     )
@@ -47,8 +48,3 @@ def _spread(ratio: Ratio | None) -> str:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:.1f}" if count else "-"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

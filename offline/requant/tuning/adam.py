@@ -39,4 +39,4 @@ class StreamedAdam:
         denominator = (second / (1 - SECOND_DECAY**self.step)).sqrt_().add_(EPSILON)
         rate = self._rates[name] * self.share / (1 - FIRST_DECAY**self.step)
         parameter = self._parameters[name]
-        parameter.sub_((first / denominator).mul_(rate).to(parameter.device))
+        parameter.addcdiv_(first.to(parameter.device), denominator.to(parameter.device), value=-rate)
