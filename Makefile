@@ -18,8 +18,9 @@ demo: $(READY)
 $(SMALL)-requant-w4/config.json: | $(READY)
 	$(BIN)/python tools/demo.py
 
+# Two files at a time: most of a test runs on one thread, and a file shares its models and servers.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=25
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

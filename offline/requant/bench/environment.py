@@ -34,8 +34,12 @@ def environment() -> dict[str, Any]:
 
 
 def _settings(variables: Mapping[str, str]) -> dict[str, str]:
-    """Without keys, which are nobody else's business."""
-    return {name: value for name, value in sorted(variables.items()) if name.startswith(SETTINGS) and "KEY" not in name}
+    """Without keys and folders, which are nobody else's business."""
+    return {
+        name: value
+        for name, value in sorted(variables.items())
+        if name.startswith(SETTINGS) and "KEY" not in name and not value.startswith("/")
+    }
 
 
 def _version(*names: str) -> str | None:
