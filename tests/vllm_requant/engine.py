@@ -95,8 +95,8 @@ def _generate(
 
 
 def _table(positions: list[dict[int, Any]]) -> torch.Tensor:
-    """[positions, vocabulary]"""
-    return torch.tensor([[entry[token].logprob for token in range(len(entry))] for entry in positions])
+    """[positions, tokens that were asked for], by their numbers"""
+    return torch.tensor([[entry[token].logprob for token in sorted(entry)] for entry in positions])
 
 
 def _embed(llm: "LLM", prompts: list[list[int]]) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def others(folder) -> dict[str, dict]:
 
 
 @pytest.fixture(scope="module")
-def served(folder, mixed, uniform, model, adapter, prompts, others) -> dict[str, Any]:
+def served(  # noqa: PLR0917
+    folder, mixed, uniform, model, adapter, prompts, others
+) -> dict[str, Any]:
     decoded(uniform, folder / "uniform decoded")
     common = {"model": mixed, "dtype": "float32", "enforce_eager": True, "prompts": prompts}
     text = common | {"skip_tokenizer_init": False}
