@@ -122,12 +122,17 @@ def _methods(llm: "LLM", prompts: list[list[int]]) -> dict[str, Any]:
 
     config = llm.llm_engine.vllm_config.quant_config
     [methods] = llm.apply_model(look)
-    settings = {name: repr(value) for name, value in vars(config).items()} if config else {}
+    settings = {name: _repr(value) for name, value in vars(config).items()} if config else {}
     return {
         "methods": methods,
         "config": {"class": type(config).__name__} | settings,
         "requant": "requant" in QUANTIZATION_METHODS,
     }
+
+
+def _repr(value: Any) -> str:
+    """vLLM fills some lists from sets of names, in an order that changes from process to process."""
+    return repr(sorted(value) if isinstance(value, list) else value)
 
 
 def _metrics(llm: "LLM", prompts: list[list[int]]) -> dict[str, Any]:

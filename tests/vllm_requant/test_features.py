@@ -107,10 +107,9 @@ def others(folder) -> dict[str, dict]:
 def served(  # noqa: PLR0917
     folder, mixed, uniform, model, adapter, prompts, others
 ) -> dict[str, Any]:
-    decoded(uniform, folder / "uniform decoded")
     common = {"model": mixed, "dtype": "float32", "enforce_eager": True, "prompts": prompts}
     text = common | {"skip_tokenizer_init": False}
-    online = common | {"model": uniform, "quantization_config": {"linear": "fp8_per_channel"}}
+    online = {"quantization_config": {"linear": "fp8_per_channel"}}
     # where log-probabilities of a prompt are wanted, vLLM looks for none of it in the cache
     answer = {"max_tokens": LENGTH, "prompt_logprobs": None, "logprobs": 0}
     short = {"prompt_logprobs": None, "logprobs": -1}
@@ -127,9 +126,8 @@ def served(  # noqa: PLR0917
         | {"turns": [short, short | {"adapter": str(adapter)}]},
         "embed": text | {"runner": "pooling", "convert": "embed", "turns": [{"ask": "embed"}]},
         "float16": common | {"dtype": "float16"},
-        "online": online | {"turns": [{"ask": "methods"}, {}]},
-        "online on decoded": online | {"model": folder / "uniform decoded"},
-        "online on int8": online | {"model": mixed},
+        "online": common | online | {"model": uniform, "turns": [{"ask": "methods"}, {}]},
+        "online on int8": common | online,
         "sleep": common | {"enable_sleep_mode": True},
     }
     jobs |= others
@@ -215,10 +213,12 @@ def test_float16(served, model, prompts):
     assert_close(served["float16"], logprobs(model, prompts), 2 * ROUNDED)
 
 
-def test_online_quantization_starts_from_the_decoded_weights(served):
+def test_online_quantization_starts_from_the_decoded_weights(served, folder, uniform, prompts):
     methods, answer = served["online"]
-    assert set(methods["methods"].values()) >= {"Fp8PtpcOnlineLinearMethod"}
-    assert_close(answer, served["online on decoded"]["logprobs"], 1e-4)
+    assert "Fp8PtpcOnlineLinearMethod" in methods["methods"].values()
+    wanted = logprobs(decoded(uniform, folder / "uniform decoded"), prompts)
+    for found, expected in zip(answer["logprobs"], wanted, strict=True):
+        assert 1e-3 < float((found - expected).abs().mean()) < 0.2  # eight bits lose something, but not much
 
 
 def test_online_quantization_of_int8_layers_is_refused(served):
