@@ -4,8 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # What `make demo` leaves, and `make bench` compares.
 SMALL := demo/SmolLM2-135M-Instruct
+# The newest release of each of vLLM's minor versions that we support.
+COMPAT := 0.31.0 0.32.0
 
-.PHONY: demo test lint aot bench clean
+.PHONY: demo test lint aot bench compat clean
 
 $(READY): pyproject.toml tools/install.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,5 +35,13 @@ aot: $(READY)
 bench: $(READY) $(SMALL)-requant-w4/config.json
 	$(BIN)/requant bench $(SMALL)-requant-w4 --against $(SMALL)
 
+compat: $(COMPAT:%=compat-%)
+
+# Not .venv: every version of vLLM wants an environment of its own.
+compat-%:
+	@test -x .venv-compat/$*/bin/python || $(PYTHON) -m venv .venv-compat/$*
+	.venv-compat/$*/bin/python tools/install.py --vllm $* test
+	.venv-compat/$*/bin/python -m pytest tests/vllm_requant/test_linear.py tests/e2e/test_serve.py
+
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv .venv-compat demo build dist *.egg-info

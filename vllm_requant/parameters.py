@@ -62,6 +62,7 @@ class LayerLoader:
         self._arrived: dict[int, dict[str, torch.Tensor]] = {}
         self._parts: list[tuple[torch.Tensor, QuantizedLayer]] = []
         self._complete = False
+        self._served = False
 
     def placeholder(self, tensor_name: str, dtype: torch.dtype) -> torch.nn.Parameter:
         """An empty parameter whose ``weight_loader`` brings tensors here."""
@@ -74,6 +75,10 @@ class LayerLoader:
 
         parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
         return parameter
+
+    def close(self) -> None:
+        """From now on the layer is served from its runtime layout, into which no tensor of a file can be put."""
+        self._served = True
 
     def check_complete(self) -> None:
         """Raises CheckpointError, naming the first tensor that never came."""
@@ -91,6 +96,8 @@ class LayerLoader:
         expected or here already."""
         position = _position(shard)
         where = f"{self._names[position]}.{tensor_name}"
+        if self._served:  # the parts of the model that were reloaded before this are lost already
+            raise CheckpointError(f"{where}: a quantized layer that is served can not be reloaded; start vLLM anew")
         expected = self._form.tensors(self._scheme)
         if tensor_name == "weight" and "weight" not in expected:
             raise CheckpointError(f"{where}: stored unquantized, but quantization_config does not ignore the layer")
