@@ -5,7 +5,7 @@ READY := .venv/.ready
 # What `make demo` leaves, and `make bench` compares.
 SMALL := demo/SmolLM2-135M-Instruct
 # The newest release of each of vLLM's minor versions that we support.
-COMPAT := 0.31.0 0.32.0
+COMPAT := 0.30.0 0.31.0 0.32.0
 
 .PHONY: demo test lint aot bench compat clean
 

@@ -24,7 +24,7 @@ def original_names(name: str, mappers: Iterable[WeightsMapper]) -> list[str]:
     """
     names = [name]
     for mapper in reversed(list(mappers)):
-        names = [old for new in names for old in _candidates(new, mapper) if mapper.map_name(old) == new]
+        names = [old for new in names for old in _candidates(new, mapper) if mapper.apply_list([old]) == [new]]
     if not names:
         raise SchemeError(f"{name}: vLLM renames this layer in a way that can not be traced to the checkpoint")
     return names
