@@ -30,6 +30,10 @@ class ChannelRange:
     def union(self, other: "ChannelRange") -> "ChannelRange":
         return ChannelRange(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
+    def divided(self, scale: torch.Tensor) -> "ChannelRange":
+        """By ``scale`` [C] > 0."""
+        return ChannelRange(self.low / scale, self.high / scale)
+
     def width(self, kind: RangeKind) -> torch.Tensor:
         """minmax: max - min (AWEQ); absmax: max |.| (SmoothQuant). fp32 [C]."""
         if kind == "minmax":

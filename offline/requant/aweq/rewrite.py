@@ -63,10 +63,15 @@ class Rewriter:
         bias = dict(block.named_parameters()).get(f"{pair.producer}.bias")
         if bias is not None:
             bias.detach().div_(scale)
+        columns = self.columns(block, pair, scale)
         for name in pair.consumers:
-            weight = _weight(block, name)
-            columns = spread_heads(scale, weight.shape[1], self.head_dim) if pair.through == "heads" else scale
-            weight.mul_(columns)
+            _weight(block, name).mul_(columns)
+
+    def columns(self, block: nn.Module, pair: Pair, scale: torch.Tensor) -> torch.Tensor:
+        """``scale`` [C] at each input column of the pair's consumers [K]."""
+        if pair.through != "heads":
+            return scale
+        return spread_heads(scale, _weight(block, pair.consumers[0]).shape[1], self.head_dim)
 
     def _divide_norm(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Divides by nearly ``scale`` and returns the exact quotient: the norm is stored in the model's dtype, and what

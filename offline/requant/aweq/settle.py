@@ -22,7 +22,7 @@ from requant.aweq.installed import RoundInput, install
 from requant.aweq.observe import inputs_of
 from requant.aweq.settings import Activations
 from requant.aweq.static_range import static_range
-from requant.aweq.trial import Trial, as_given
+from requant.aweq.trial import Trial
 from requant.errors import InputError
 
 Batches = Sequence[torch.Tensor]
@@ -124,7 +124,7 @@ class Settler:
         static, dynamic = (ActivationScheme(way, settings.symmetric) for way in (False, True))
         trial = Trial.of(self.original.block, self.original.hidden, self.outputs, self.original.keywords)
         static_error, dynamic_error = (
-            trial.error({}, dict.fromkeys(layers, as_given(rounding)))
+            trial.error({}, dict.fromkeys(layers, rounding))
             for rounding in (RoundInput(static, steps.scale, steps.zero_point), RoundInput(dynamic))
         )
         note = Note(static_error, dynamic_error, switched=static_error - dynamic_error > settings.limit)

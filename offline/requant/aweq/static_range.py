@@ -42,7 +42,7 @@ def static_range(
             low, high = min(low, -high), max(high, -low)
         shrink = _best_shrink(x, low, high, weights)
         low, high = low * shrink, high * shrink
-    return _of_bounds(low, high, symmetric, dtype)
+    return of_bounds(low, high, symmetric=symmetric, dtype=dtype)
 
 
 def _percentiles(x: torch.Tensor) -> tuple[float, float]:
@@ -93,7 +93,7 @@ class _Magnitudes:
         return near[2] + (far[0] - near[0]) * steps.square() / 12 + clipped
 
 
-def _of_bounds(low: float, high: float, symmetric: bool, dtype: torch.dtype) -> StaticRange:
+def of_bounds(low: float, high: float, *, symmetric: bool, dtype: torch.dtype) -> StaticRange:
     """The step, rounded to ``dtype``, and the zero point that is chosen for the rounded step; zero stays a code."""
     width = max(-low, high) / 127 if symmetric else (high - low) / 255
     scale = torch.tensor([width]).to(dtype).clamp(min=torch.finfo(dtype).tiny)

@@ -36,8 +36,7 @@ class Steps:
         if not self.recipe.equalization.wanted:
             return [run_block(original.block, hidden, original.keywords) for hidden in original.hidden]
         rewriter = Rewriter.of(self.config, self.architecture, self.dtype)
-        schemes, method = self._local(prefix, self.schemes), self.recipe.activations.range
-        equalizer = Equalizer(rewriter, self.recipe.equalization, schemes, method)
+        equalizer = Equalizer(rewriter, self.recipe.equalization, self._local(prefix, self.schemes))
         alphas, outputs = equalizer.equalize(original.block, original.hidden, original.keywords)
         self.alphas.update({f"{prefix}.{producer}": alpha for producer, alpha in alphas.items()})
         return outputs

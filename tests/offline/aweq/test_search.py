@@ -1,11 +1,12 @@
 import pytest
 import torch
 from requant import models
+from requant.aweq.observe import input_ranges
 from requant.aweq.rewrite import Rewriter
-from requant.aweq.search import Equalizer
+from requant.aweq.search import Equalizer, roundings
 from requant.aweq.settings import Equalization
-from requant.aweq.trial import Trial, input_rounding
-from requant.walk import block_calls, run_block
+from requant.aweq.trial import Trial
+from requant.walk import block_calls
 from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme, WeightScheme
 
 from tests.offline.aweq.tiny import CONFIGS, tiny_model
@@ -38,7 +39,7 @@ def equalizer_of(model, schemes, settings):
     blocks = [block.requires_grad_(False) for _, block in models.blocks(model, architecture)]
     calls = block_calls(model, blocks, SAMPLES)
     rewriter = Rewriter.of(model.config, architecture, torch.float32)
-    return blocks[0], calls, Equalizer(rewriter, settings, schemes, "mse")
+    return blocks[0], calls, Equalizer(rewriter, settings, schemes)
 
 
 def equalize(model, scheme, settings):
@@ -63,15 +64,18 @@ def test_where_outliers_hurt_the_search_equalizes_and_the_error_falls(scheme):
     model = outliers(tiny_model("llama with grouped queries"))
     schemes = dict.fromkeys(models.LLAMA.linears, scheme)
     block, calls, equalizer = equalizer_of(model, schemes, Equalization("minmax"))
-    outputs = [run_block(block, x, calls.keywords[0]) for x in calls.hidden]
-    trial = Trial.of(block, calls.hidden, outputs, calls.keywords[0])
     weights = {name: one.weights for name, one in schemes.items()}
-    inputs = {name: input_rounding(one, "mse") for name, one in schemes.items()}
-    before = trial.error(weights, inputs)
+
+    def error() -> float:
+        """Of the block with all of it rounded."""
+        ranges, outputs = input_ranges(block, list(schemes), calls.hidden, calls.keywords[0])
+        return Trial.of(block, calls.hidden, outputs, calls.keywords[0]).error(weights, roundings(schemes, ranges))
+
+    before = error()
     chosen, _ = equalizer.equalize(block, calls.hidden, calls.keywords[0])
     assert chosen["input_layernorm"] is not None
     assert chosen["mlp.up_proj"] is not None
-    assert trial.error(weights, inputs) < before / 4
+    assert error() < before / 4
 
 
 @pytest.mark.parametrize("kind", ["minmax", "absmax"])
