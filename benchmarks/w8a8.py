@@ -50,7 +50,7 @@ def activations(mode: str, method: str = "mse", *, symmetric: bool = True) -> Ac
 
 def w8a8_rows(alphas: list[float]) -> list[Row]:
     """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction, with asymmetric inputs;
-    and the dynamic preset."""
+    and both presets."""
 
     def row(name: str, mode: str, equalization: Equalization, **more: Any) -> Row:
         return Row(f"{name}|{mode}", Recipe(W8A8_WEIGHTS, equalization=equalization, **more))
@@ -70,8 +70,8 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         for mode in MODES:
             settings = {"activations": activations(mode, symmetric=symmetric), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", strength), **settings))
-    # the static preset is the searched one with bias correction
-    return [*rows, Row("AWEQ, preset|dynamic", load_recipe("aweq-w8a8"))]
+    presets = {"dynamic": "aweq-w8a8", "static": "aweq-w8a8-static"}
+    return [*rows, *(Row(f"AWEQ, preset|{mode}", load_recipe(name)) for mode, name in presets.items())]
 
 
 def weight_rows(group_size: int) -> list[Row]:
