@@ -20,7 +20,7 @@ from tests.kernels.strategies import random_w8a8, w8a8_layers
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_IMPLEMENTATIONS = ("onednn", "int_mm", "fbgemm", "float32")
+CPU_IMPLEMENTATIONS = ("cpu_int8", "onednn", "int_mm", "fbgemm", "float32")
 
 
 def runnable(name, weight, dtype=torch.float32):
