@@ -41,16 +41,15 @@ class Row:
     recipe: Recipe
 
 
-def activations(mode: str, method: str = "mse", *, symmetric: bool = True) -> Activations:
+def activations(mode: str, method: str = "mse") -> Activations:
     """``method``: how static ranges are found where every layer is static."""
     if mode == "all static":
-        return Activations("static", symmetric, range=method, limit=NEVER)  # type: ignore[arg-type]
-    return Activations(mode, symmetric)  # type: ignore[arg-type]
+        return Activations("static", range=method, limit=NEVER)  # type: ignore[arg-type]
+    return Activations(mode)  # type: ignore[arg-type]
 
 
 def w8a8_rows(alphas: list[float]) -> list[Row]:
-    """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction, with asymmetric inputs;
-    and both presets."""
+    """Naive, SmoothQuant at each alpha, AWEQ's formula, the search, with bias correction; and both presets."""
 
     def row(name: str, mode: str, equalization: Equalization, **more: Any) -> Row:
         return Row(f"{name}|{mode}", Recipe(W8A8_WEIGHTS, equalization=equalization, **more))
@@ -60,18 +59,20 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
     for alpha in alphas:
         name, equalization = f"SmoothQuant, alpha {alpha:g}", Equalization("absmax", alpha)
         rows += [row(name, mode, equalization, activations=one) for mode, one in plain.items()]
-    aweq: list[tuple[str, float | str, bool, bool]] = [
-        ("AWEQ, alpha 1/2", 0.5, False, True),
-        ("AWEQ, searched", SEARCH, False, True),
-        ("AWEQ, searched, bias correction", SEARCH, True, True),
-        ("AWEQ, searched, bias correction, asymmetric", SEARCH, True, False),
+    aweq: list[tuple[str, float | str, bool]] = [
+        ("AWEQ, alpha 1/2", 0.5, False),
+        ("AWEQ, searched", SEARCH, False),
+        ("AWEQ, searched, bias correction", SEARCH, True),
     ]
-    for name, strength, corrected, symmetric in aweq:
+    for name, strength, corrected in aweq:
         for mode in MODES:
-            settings = {"activations": activations(mode, symmetric=symmetric), "bias_correction": corrected}
+            settings = {"activations": activations(mode), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", strength), **settings))
-    presets = {"dynamic": "aweq-w8a8", "static": "aweq-w8a8-static"}
-    return [*rows, *(Row(f"AWEQ, preset|{mode}", load_recipe(name)) for mode, name in presets.items())]
+    for mode, name in {"dynamic": "aweq-w8a8", "static": "aweq-w8a8-static"}.items():
+        preset = load_recipe(name)
+        rows.append(Row(f"AWEQ, preset without bias correction|{mode}", replace(preset, bias_correction=False)))
+        rows.append(Row(f"AWEQ, preset|{mode}", preset))
+    return rows
 
 
 def weight_rows(group_size: int) -> list[Row]:

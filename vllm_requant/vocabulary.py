@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from requant_kernels.errors import SchemeError
 from requant_kernels.layer import QuantizedLayer
+from requant_kernels.w8a8.dispatch import IMPLEMENTATIONS
 from requant_kernels.w8a8.weight import W8A8Weight
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -51,24 +52,26 @@ class EmbeddingMethod(VocabularyMethod):
     def _prepare(self, weight: QuantizedLayer) -> None:
         assert isinstance(weight, W8A8Weight)
         super()._prepare(weight)
-        # What CPUs multiply is packed and can not be read by rows: there the codes are kept a second time, which makes
-        # 2 bytes a weight, as many as bfloat16 has.
-        packed = self._prepared.tensors["weight"]
-        plain = packed.dtype == torch.int8 and packed.shape == weight.codes.shape
-        self._codes = None if plain else weight.codes.to(self._device)
+        self._runs = IMPLEMENTATIONS[self._prepared.implementation]
+        # What some libraries pack can not be read by rows: there the codes are kept a second time, which makes 2 bytes
+        # a weight, as many as bfloat16 has.
+        self._codes = None if self._runs.readable else weight.codes.to(self._device)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         super().process_weights_after_loading(layer)
-        self._table = "weight" if self._codes is None else "codes"
         if self._codes is not None:
             layer.register_parameter("codes", torch.nn.Parameter(self._codes, requires_grad=False))
             self._codes = None
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [...] -> [..., K] in the dtype of the activations: codes times step in fp32, rounded once."""
-        codes: torch.Tensor = getattr(layer, self._table)
         steps: torch.Tensor = layer.weight_scale  # type: ignore[assignment]
-        return (codes[input_].float() * steps[input_].unsqueeze(-1)).to(self._dtype)
+        return (self._read(layer, input_).float() * steps[input_].unsqueeze(-1)).to(self._dtype)
+
+    def _read(self, layer: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
+        if self._runs.readable:
+            return self._runs.codes(layer.weight, rows, self._shape[1])  # type: ignore[arg-type]
+        return layer.codes[rows]  # type: ignore[index]
 
 
 class TiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]

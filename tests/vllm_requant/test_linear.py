@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from requant_kernels import reference
-from requant_kernels.errors import CheckpointError
+from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.rounding.layer import round_layer
 from requant_kernels.scheme import ActivationScheme, LayerScheme, SparseScheme, WeightScheme
@@ -167,6 +167,18 @@ def test_the_weight_can_be_had_back(dtype):
     method.process_weights_after_loading(layer)
     for decoded in (instead_of_processing, method.dequantize_weight(layer)):
         torch.testing.assert_close(decoded.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "more"),
+    [(LayerScheme(WeightScheme(4, 64), None, bias_correction=True), "a bias correction"), (W8A8[0], "rounded inputs")],
+    ids=["corrected", "W8A8"],
+)
+def test_a_layer_that_is_more_than_its_weight_does_not_give_it(scheme, more):
+    layer = build(ReplicatedLinear, K, 96, scheme=scheme)
+    load(layer, stored(96, scheme=scheme))
+    with pytest.raises(SchemeError, match=f"^m.fc: has {more}, which vLLM's online quantization would drop"):
+        layer.quant_method.dequantize_weight(layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -79,6 +79,7 @@ def one_rank(folder, checkpoints) -> dict[str, dict]:
     common = {"enforce_eager": True, "prompts": PROMPTS, "dtype": "float32"}
     jobs = {name: common | {"model": path} for name, path in checkpoints.items()}
     jobs["dummy"] = common | {"model": checkpoints["mixtral"], "load_format": "dummy"}
+    jobs["reloaded"] = common | {"model": checkpoints["mixtral"], "turns": [{"ask": "reload"}]}
     jobs["compiled"] = common | {"model": checkpoints["mixtral"], "enforce_eager": False}
     for name, (change, _) in TAMPERED.items():
         jobs[name] = common | {"model": edit(checkpoints["mixtral"], folder / name, change)}
@@ -100,6 +101,11 @@ def test_the_compiled_model_says_what_the_eager_one_says(one_rank):
 
 def test_dummy_weights_are_served(one_rank):
     assert all(torch.isfinite(logprobs).all() for logprobs in one_rank["dummy"]["logprobs"])
+
+
+def test_a_reload_is_refused(one_rank):
+    refused = r"layers\.0\.\S+: a quantized layer that is served can not be reloaded; start vLLM anew"
+    assert re.search(refused, one_rank["reloaded"][0].get("error", "it was done"))
 
 
 @pytest.mark.parametrize("name", TAMPERED)

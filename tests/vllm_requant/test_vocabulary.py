@@ -115,17 +115,19 @@ def test_a_tied_head_holds_nothing_of_its_own():
     assert sum(one.numel() for one in codes) <= 128 * K  # at most one copy beside what a product has packed
 
 
-def test_codes_that_a_product_leaves_plain_are_not_kept_twice(monkeypatch):
-    plain = dispatch.IMPLEMENTATIONS["int_mm"]
-    config = LayerConfig.of(stored(), torch.float32, torch.device("cpu"))
-    if not plain.can_implement(config)[0]:
-        pytest.skip("no product of this processor takes plain codes")
-    monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {"int_mm": plain})
+@pytest.mark.parametrize("name", ["cpu_int8", "onednn", "int_mm", "float32"])
+def test_codes_are_kept_twice_only_where_a_product_hides_them(name, monkeypatch):
+    chosen = dispatch.IMPLEMENTATIONS[name]
+    able, reason = chosen.can_implement(LayerConfig.of(stored(), torch.float32, torch.device("cpu")))
+    if not able:
+        pytest.skip(reason)
+    monkeypatch.setattr(dispatch, "first_able", lambda *_: chosen)
     (embeddings, head), weight = tied_pair(), stored()
     load(embeddings, weight)
     process(embeddings, head)
-    assert not hasattr(embeddings, "codes")
-    assert torch.equal(embeddings(torch.tensor([3, 96])), rows(weight)[[3, 96]].float())
+    assert hasattr(embeddings, "codes") == (name == "onednn")
+    tokens = torch.tensor([[3, 96], [0, 64]])
+    assert torch.equal(embeddings(tokens), rows(weight)[tokens].float())
     assert_logits(head, weight, torch.float32)
 
 

@@ -15,7 +15,7 @@ class Accumulating(Implementation):
     """One implementation for each product: its sums, then times the steps, plus the bias."""
 
     def __init__(self, product: Product) -> None:
-        self.name, self._product = product.name, product
+        self.name, self.readable, self._product = product.name, product.readable, product
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         if config.device.type not in self._product.devices:

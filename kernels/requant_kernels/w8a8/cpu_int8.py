@@ -19,6 +19,7 @@ PANEL, QUAD = 64, 4  # rows and columns of the layout, as the operator has them
 class CpuInt8(Implementation):
     name = "cpu_int8"
     traceable = True
+    readable = True
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         if config.device.type != "cpu":
@@ -41,6 +42,11 @@ class CpuInt8(Implementation):
     ) -> torch.Tensor:
         dynamic, symmetric = meta
         return torch.ops.requant.cpu_int8_linear.default(x, tensors, bias, out_features, bool(dynamic), bool(symmetric))
+
+    def codes(self, weight: torch.Tensor, rows: torch.Tensor, in_features: int) -> torch.Tensor:
+        """int16."""
+        unsigned = weight[rows // PANEL, :, rows % PANEL].flatten(-2)[..., :in_features]
+        return unsigned.to(torch.int16) - 128
 
 
 def packed(codes: torch.Tensor) -> torch.Tensor:

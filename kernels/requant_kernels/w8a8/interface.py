@@ -27,6 +27,8 @@ class LayerConfig:
 
 
 class Implementation(Runs, Protocol):
+    readable: bool = False  # whether codes can be had back from the runtime layout, for embeddings
+
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
         """(True, "") or (False, the reason in words that a user can act on)."""
         ...
@@ -34,3 +36,7 @@ class Implementation(Runs, Protocol):
     def prepare(self, weight: W8A8Weight, config: LayerConfig) -> Prepared:
         """The runtime layout on ``config.device``. The bias correction is left to the caller: a bias like any other."""
         ...
+
+    def codes(self, weight: torch.Tensor, rows: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Those of the rows int64 [...], [..., K] of any dtype, from the tensor ``weight`` of a readable layout."""
+        return weight[rows]

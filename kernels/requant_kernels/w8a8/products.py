@@ -16,6 +16,7 @@ from requant_kernels.w8a8 import saturation
 class Product(Protocol):
     name: str
     devices: tuple[str, ...]
+    readable: bool  # whether the operand is indexed like the weight
 
     def unavailable(self) -> str:
         """Why it can not be used in this process; empty where it can."""
@@ -35,6 +36,7 @@ class IntMm:
 
     name = "int_mm"
     devices: tuple[str, ...] = ("cpu",)
+    readable = True
 
     def unavailable(self) -> str:
         return saturation.unavailable(self.multiply)
@@ -57,6 +59,7 @@ class Fbgemm:
 
     name = "fbgemm"
     devices: tuple[str, ...] = ("cpu",)
+    readable = False
 
     def unavailable(self) -> str:
         return saturation.unavailable(lambda codes, weight: self.multiply(codes, self.pack(weight)))
@@ -101,6 +104,7 @@ class Float32:
 
     name = "float32"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    readable = True
 
     def unavailable(self) -> str:
         return ""

@@ -17,6 +17,7 @@ class Triton(Implementation):
     """
 
     name = "triton"
+    readable = True
 
     def __init__(self, table: Table | None = None) -> None:
         self._table = table
