@@ -1,5 +1,9 @@
 """The W8A8 layer as one C++ operator: its layout, its rounding to the bit, what torch.compile sees, threads."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,3 +108,13 @@ def test_other_dtypes_are_refused():
     prepared = prepare(random_w8a8(ActivationScheme(dynamic=True), SHAPE))
     with pytest.raises(RuntimeError, match="x is Double, not float32, bfloat16 or float16"):
         ops.w8a8_linear(torch.randn(3, SHAPE[1]).double(), prepared)
+
+
+def test_the_benchmark_of_cpu_products_runs():
+    script = Path(__file__).parents[3] / "benchmarks" / "cpu_kernels.py"
+    options = ("--shapes", "128x64", "--tokens", "1,5", "--seconds", "0")
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    columns = done.stdout.splitlines()[0].split(" | ")
+    assert all(len(line.split(" | ")) == len(columns) for line in done.stdout.splitlines())
+    assert sum("128 x 64" in line for line in done.stdout.splitlines()) == 2

@@ -1,0 +1,120 @@
+"""The quantized products of a CPU beside the unquantized one that vLLM runs there, on the layers of real models.
+
+    python benchmarks/cpu_kernels.py [--shapes 960x576,3072x576,…] [--tokens 1,8,64,512] [--threads 1] [--seconds 1]
+
+Prints a Markdown table: microseconds of processor time for one layer, and how often an unquantized bfloat16 layer takes
+that. Each cell is the least of several runs, which alternate between the columns, over copies of the layer that
+together exceed the last-level cache. Every product is compared with the reference before it is timed.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from requant.markdown import table
+from requant_kernels import reference
+from requant_kernels.dense_sparse import dispatch as dense_sparse
+from requant_kernels.dense_sparse.interface import LayerConfig as DenseSparseConfig
+from requant_kernels.rounding.layer import round_layer
+from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme, WeightScheme
+from requant_kernels.w8a8 import dispatch as w8a8
+from requant_kernels.w8a8.interface import LayerConfig as W8A8Config
+
+Call = Callable[[], torch.Tensor]
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+CACHE_BYTES = 64 << 20  # more than the last-level cache of most machines
+SHAPES = "960x576,3072x576,576x1536,49152x576,16384x2048,2048x8192"  # SmolLM2-135M, then Llama-3.2-1B's MLP
+QUANTIZED = {
+    "W4 g64": ("cpu_int4_native", LayerScheme(WeightScheme(4, 64, symmetric=False))),
+    "W8A8": ("cpu_int8", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True))),
+    "W8A8 asymmetric": ("cpu_int8", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True, symmetric=False))),
+    "W8A8, oneDNN": ("onednn", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True))),
+}
+
+
+def unquantized(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
+    """As vLLM runs a bfloat16 layer on a CPU."""
+    from vllm import _custom_ops
+
+    handlers = [_custom_ops.create_onednn_mm(weight.clone().t()) for _ in range(copies)]
+    return [partial(_custom_ops.onednn_mm, handler, x, None) for handler in handlers]
+
+
+def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, scheme: LayerScheme) -> list[Call]:
+    """Nothing where the implementation can not run here. Raises RuntimeError where it is wrong."""
+    layer = round_layer(weight, scheme)
+    dispatch: Any = w8a8 if scheme.activations else dense_sparse
+    kind: Any = W8A8Config if scheme.activations else DenseSparseConfig
+    chosen, config = dispatch.IMPLEMENTATIONS[name], kind.of(layer, DTYPE, CPU)
+    able, reason = chosen.can_implement(config)
+    if not able:
+        print(f"{name}: {reason}", file=sys.stderr)
+        return []
+    prepared = [chosen.prepare(layer, config) for _ in range(copies)]
+    calls: list[Call] = [
+        partial(chosen.apply, x, list(one.tensors.values()), None, one.out_features, list(one.meta)) for one in prepared
+    ]
+    expected = reference.linear(x, layer).float()
+    wrong = (calls[0]().float() - expected).abs().max() / expected.abs().max()
+    if wrong > 0.01:  # bfloat16 has a step of 0.004
+        raise RuntimeError(f"{name}: differs from the reference by {wrong:.1%}")
+    return calls
+
+
+def least_seconds(columns: dict[str, list[Call]], seconds: float) -> dict[str, float]:
+    """Of one call: columns in turns, until each has run for ``seconds``; three times at least."""
+    least, begun, rounds = dict.fromkeys(columns, float("inf")), time.monotonic(), 0
+    while rounds < 3 or time.monotonic() - begun < seconds * len(columns):
+        rounds += 1
+        for name, calls in columns.items():
+            start = time.process_time()
+            for call in calls:
+                call()
+            least[name] = min(least[name], (time.process_time() - start) / len(calls))
+    return least
+
+
+def measure(shape: tuple[int, int], tokens: int, seconds: float) -> dict[str, float]:
+    """Seconds of processor time by column."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPE)
+    x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(DTYPE)
+    copies = -(-CACHE_BYTES // weight.numel())
+    columns = {"bfloat16": unquantized(weight, x, copies)}
+    for column, (name, scheme) in QUANTIZED.items():
+        columns[column] = quantized(weight, x, copies, name, scheme)
+    return least_seconds({column: calls for column, calls in columns.items() if calls}, seconds)
+
+
+def sizes(text: str) -> list[tuple[int, int]]:
+    return [(int(rows), int(columns)) for rows, columns in (one.split("x") for one in text.split(","))]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=sizes, default=SHAPES, metavar="NxK,…")
+    parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default="1,8,64,512")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1, help="for each cell")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    rows = []
+    for shape in arguments.shapes:
+        for tokens in arguments.tokens:
+            found = measure(shape, tokens, arguments.seconds)
+            base = found.pop("bfloat16")
+            times = (f"{found[one] * 1e6:.0f} ({base / found[one]:.1f}x)" if one in found else "" for one in QUANTIZED)
+            rows.append((f"{shape[0]} x {shape[1]}", str(tokens), f"{base * 1e6:.0f}", *times))
+            print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
+    print(table(("rows x columns", "tokens", "bfloat16", *QUANTIZED), rows))
+
+
+if __name__ == "__main__":
+    main()
