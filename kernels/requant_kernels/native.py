@@ -10,6 +10,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,21 @@ def load(source: Path) -> str:
     except OSError as error:
         return f"{library}: {error}"
     return ""
+
+
+@cache
+def load_linear(source: Path, operator: str) -> str:
+    """The same for a file whose ``operator`` (x, weights, bias, out_features, …) torch.compile is to see as a layer."""
+    missing = load(source)
+    if not missing:
+        torch.library.register_fake(operator, _fake)
+    return missing
+
+
+def _fake(
+    x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None, out_features: int, *_: Any
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _folder() -> Path:

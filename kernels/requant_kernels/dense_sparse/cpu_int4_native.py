@@ -1,6 +1,5 @@
 """The packed 4-bit layer on a CPU without Python between its parts, where there is a C++ compiler."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -48,18 +47,8 @@ class CpuInt4Native(cpu_int4.CpuInt4):
         return torch.ops.requant.cpu_int4_linear.default(x, tensors, bias, out_features, *meta)
 
 
-@cache
 def unavailable() -> str:
     """Why the operator can not be had on this machine; empty where it is there."""
     if panel_rows() not in PANELS:
         return f"PyTorch {torch.__version__} packs 4-bit weights in a layout that is not known here"
-    missing = native.load(SOURCE)
-    if not missing:
-        torch.library.register_fake("requant::cpu_int4_linear", _fake)
-    return missing
-
-
-def _fake(
-    x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None, out_features: int, *_: int
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+    return native.load_linear(SOURCE, "requant::cpu_int4_linear")

@@ -1,6 +1,5 @@
 """The W8A8 layer on a CPU in one operator, where there is a C++ compiler and the processor has VNNI instructions."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,20 +56,10 @@ def packed(codes: torch.Tensor) -> torch.Tensor:
     return filled.view(-1, PANEL, filled.shape[1] // QUAD, QUAD).transpose(1, 2).contiguous()
 
 
-@cache
 def unavailable() -> str:
     """Why the operator can not be had on this machine; empty where it is there."""
     if torch.cpu._is_amx_tile_supported():
         return "oneDNN has AMX instructions to use on this processor"
     if not torch.cpu._is_vnni_supported():
         return "needs a processor with AVX-512 VNNI"
-    missing = native.load(SOURCE)
-    if not missing:
-        torch.library.register_fake("requant::cpu_int8_linear", _fake)
-    return missing
-
-
-def _fake(
-    x: torch.Tensor, weights: list[torch.Tensor], bias: torch.Tensor | None, out_features: int, *_: bool
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+    return native.load_linear(SOURCE, "requant::cpu_int8_linear")
