@@ -26,7 +26,6 @@ using at::Tensor;
 constexpr int LANES = 16;
 constexpr int64_t TOKENS = 8;       // at once: with two vectors of rows their sums fill half of 32 registers
 constexpr int64_t MANY_BLOCKS = 3;  // of tokens: from here on a unit is decoded once for all of them
-constexpr int64_t STRETCH = 128;    // columns of a decoded unit that stay in the innermost cache for all tokens
 constexpr int64_t GRAIN = 1 << 18;  // products that are not worth a second thread
 constexpr float ZERO_CODE = 8.0f;
 
@@ -81,13 +80,14 @@ struct Block {
 };
 
 // What has been summed up of HALF rows from `first_row` on, plus bias -> y.
-void store(float* sums, const Layer& layer, const Block& block, int64_t first_row, uint16_t* y) {
-  const int64_t rows = std::min(layer.half, layer.rows - first_row);
-  for (int64_t m = 0; m < block.count; ++m, sums += layer.half) {
+template <int T, int HALF>
+void store(float (&sums)[T][HALF], const Layer& layer, const Block& block, int64_t first_row, uint16_t* y) {
+  const int64_t rows = std::min<int64_t>(HALF, layer.rows - first_row);
+  for (int64_t m = 0; m < block.count; ++m) {
     uint16_t* output = y + (block.first + m) * layer.rows + first_row;
     if (layer.bias)
-      for (int64_t i = 0; i < rows; ++i) sums[i] += widened(layer.bias[first_row + i]);
-    for (int64_t i = 0; i < rows; ++i) output[i] = rounded(sums[i]);
+      for (int64_t i = 0; i < rows; ++i) sums[m][i] += widened(layer.bias[first_row + i]);
+    for (int64_t i = 0; i < rows; ++i) output[i] = rounded(sums[m][i]);
   }
 }
 
@@ -134,7 +134,7 @@ void multiply(const Layer& layer, const Block& block, int64_t unit, uint16_t* y)
     for (int m = 0; m < T; ++m)
       for (int i = 0; i < HALF; ++i) sums[m][i] += sparse[i][m];
   }
-  store(sums[0], layer, block, first_row, y);
+  store<T, HALF>(sums, layer, block, first_row, y);
 }
 
 template <int V, bool HIGH>
@@ -164,19 +164,19 @@ void decode(const Layer& layer, int64_t unit, float* weights) {
     for (int32_t e = layer.offsets[unit]; e < layer.offsets[unit + 1]; ++e) weights[layer.places[e]] += layer.values[e];
 }
 
-// Columns from `first` to `last`, added to `sums` [T, HALF].
 template <int T, int V>
-void multiply_decoded(const Block& block, int64_t first, int64_t last, const float* weights, float* sums) {
+void multiply_decoded(const Layer& layer, const Block& block, int64_t unit, const float* weights, uint16_t* y) {
   constexpr int HALF = V * LANES;
-  Floats total[T][V];
-  std::memcpy(total, sums, sizeof total);
-  for (int64_t k = first; k < last; ++k)
+  Floats total[T][V] = {};
+  for (int64_t k = 0; k < layer.columns; ++k)
     for (int v = 0; v < V; ++v) {
       Floats weight;
       std::memcpy(&weight, weights + k * HALF + LANES * v, sizeof weight);
       for (int m = 0; m < T; ++m) total[m][v] += weight * block.inputs[k * T + m];
     }
-  std::memcpy(sums, total, sizeof total);
+  float sums[T][HALF];
+  std::memcpy(sums, total, sizeof sums);
+  store<T, HALF>(sums, layer, block, unit * HALF, y);
 }
 
 // Tokens beside each other: zeros fill them up.
@@ -190,12 +190,12 @@ void transpose(const uint16_t* x, const Layer& layer, int64_t first, int64_t cou
   for (int64_t k = 0; k < layer.columns; ++k)
     for (int64_t m = 0; m < lanes; ++m)
       inputs[k * lanes + m] = m < count ? widened(x[(first + m) * layer.columns + k]) : 0.0f;
-  for (int64_t g = 0; g < layer.columns / layer.group; ++g)
-    for (int64_t m = 0; m < lanes; ++m) {
-      float sum = 0;
-      for (int64_t k = g * layer.group; k < (g + 1) * layer.group; ++k) sum += inputs[k * lanes + m];
-      sums[g * lanes + m] = sum;
-    }
+  for (int64_t g = 0; g < layer.columns / layer.group; ++g) {
+    float total[TOKENS] = {};  // of all tokens beside each other: one after the other, each addition waits for the last
+    for (int64_t k = g * layer.group; k < (g + 1) * layer.group; ++k)
+      for (int64_t m = 0; m < lanes; ++m) total[m] += inputs[k * lanes + m];
+    std::copy_n(total, lanes, sums + g * lanes);
+  }
 }
 
 Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optional<Tensor>& bias, int64_t out_features,
@@ -234,9 +234,7 @@ Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optio
   const bool wide = layer.half == 2 * LANES;
   const int64_t units = (out_features + layer.half - 1) / layer.half;
   at::parallel_for(0, units, GRAIN / (layer.columns * layer.half * tokens) + 1, [&](int64_t first, int64_t last) {
-    const int64_t tile = TOKENS * layer.half;
     std::vector<float> weights(blocks < MANY_BLOCKS ? 0 : layer.columns * layer.half);
-    std::vector<float> totals(blocks < MANY_BLOCKS ? 0 : blocks * tile);
     for (int64_t unit = first; unit < last; ++unit) {
       const bool high = unit % 2;
       if (blocks < MANY_BLOCKS) {
@@ -248,12 +246,7 @@ Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optio
                                : (high ? decode<1, true> : decode<1, false>);
         const auto run = wide ? multiply_decoded<TOKENS, 2> : multiply_decoded<TOKENS, 1>;
         fill(layer, unit, weights.data());
-        std::fill(totals.begin(), totals.end(), 0.0f);
-        for (int64_t k = 0; k < layer.columns; k += STRETCH)
-          for (int64_t b = 0; b < blocks; ++b)
-            run(block(b), k, std::min(k + STRETCH, layer.columns), weights.data(), totals.data() + b * tile);
-        for (int64_t b = 0; b < blocks; ++b)
-          store(totals.data() + b * tile, layer, block(b), unit * layer.half, out);
+        for (int64_t b = 0; b < blocks; ++b) run(layer, block(b), unit, weights.data(), out);
       }
     }
   });
