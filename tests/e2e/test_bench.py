@@ -51,13 +51,14 @@ def marked(mark: str) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes through /proc")
-def test_ctrl_c_leaves_no_process(micro_llama, ctrl_c):
-    mark = uuid4().hex
-    command = [sys.executable, "-m", "requant.cli", "bench", str(micro_llama), *TINY, *SERVE]
+def test_ctrl_c_leaves_what_was_measured_and_no_process(micro_llama, ctrl_c, tmp_path):
+    mark, report = uuid4().hex, tmp_path / "report.json"
+    command = [sys.executable, "-m", "requant.cli", "bench", str(micro_llama), *TINY]
+    command += ["--repetitions", "1000", "--json", str(report), *SERVE]
     environment = os.environ | {"REQUANT_TEST_MARK": mark}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as user:
         # the server is up: vLLM's client runs beside it
-        while not any("cli.main\0bench" in one for one in marked(mark)):
+        while not report.exists() or not any("cli.main\0bench" in one for one in marked(mark)):
             assert user.poll() is None
             time.sleep(0.1)
         assert any("cli.main\0serve" in one for one in marked(mark))
@@ -66,3 +67,4 @@ def test_ctrl_c_leaves_no_process(micro_llama, ctrl_c):
     assert user.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
     assert not marked(mark)
+    assert json.loads(report.read_text())["results"][0]["repetitions"]

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from requant.arguments import number, numbers
 from requant.bench.environment import environment
@@ -34,7 +36,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help=f"of {kinds}, and the tokens of a prompt and of its answer",
     )
     bench.add_argument("--repetitions", type=number, default=3, metavar="N")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    bench.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything that was measured, after each repetition"
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="draw throughputs (.png, .svg, .pdf)")
     bench.add_argument(
         "--vllm", nargs=argparse.REMAINDER, default=[], metavar="ARG", help="all that follows goes to every vllm serve"
@@ -49,14 +53,20 @@ def run(arguments: argparse.Namespace) -> None:
     works = workloads(arguments.workloads, arguments.streams)
     where = environment()
     serving = [*settings(works, len(models), gpu=bool(where["gpus"])), *arguments.vllm]
-    results = measure(models, works, arguments.repetitions, serving)
+    with closing(measure(models, works, arguments.repetitions, serving)) as measured:  # servers end with it
+        for results in measured:
+            if arguments.json:  # now, because the next hour may not end well
+                _write(arguments.json, {**results.to_dict(), **where, "settings": serving})
     print(markdown(results))
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({**results.to_dict(), **where, "settings": serving}, indent=1), encoding="utf-8"
-        )
     if arguments.plot:
         draw(results, arguments.plot)
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Complete or not at all."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    beside.replace(path)
 
 
 def _check(arguments: argparse.Namespace) -> None:

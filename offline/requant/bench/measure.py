@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -24,10 +24,13 @@ def settings(works: Sequence[Workload], servers: int, gpu: bool) -> list[str]:
     return ["--max-model-len", str(longest(works)), "--no-enable-prefix-caching", "--seed", "0", *share]
 
 
-def measure(models: Sequence[Served], works: Sequence[Workload], repetitions: int, arguments: Sequence[str]) -> Results:
+def measure(
+    models: Sequence[Served], works: Sequence[Workload], repetitions: int, arguments: Sequence[str]
+) -> Generator[Results]:
     """``models``: that which the run is about, then those it is compared with, of which the first is the reference.
 
-    Raises ServerError. No server is left behind, however it ends.
+    Yields all that has been measured, after each repetition. Raises ServerError. No server is left behind, however it
+    ends.
     """
     with _logs() as folder, ExitStack() as stack:
         servers = {}
@@ -37,24 +40,27 @@ def measure(models: Sequence[Served], works: Sequence[Workload], repetitions: in
             running = serve(served.path, "--dtype", served.dtype, *arguments, log=log, waiting=_waiting())
             servers[served] = stack.enter_context(running)
             say(f"ready after {servers[served].startup_seconds:.0f} s")
-        cells = [_cell(servers, work, repetitions, folder) for work in works]
-        return Results(
-            {served.name: _footprint(served, server) for served, server in servers.items()},
-            models[1].name if len(models) > 1 else None,
-            cells,
-        )
+        reference = models[1].name if len(models) > 1 else None
+        cells: list[Cell] = []
+        for work in works:
+            repeated: list[dict[str, Figures]] = []
+            for seed in range(repetitions):
+                repeated.append(_repetition(servers, work, seed, f"{seed + 1}/{repetitions}", folder))
+                runs = {served.name: [figures[served.name] for figures in repeated] for served in models}
+                footprints = {served.name: _footprint(served, server) for served, server in servers.items()}
+                yield Results(footprints, reference, [*cells, Cell(work, runs)])
+            cells.append(Cell(work, runs))
 
 
-def _cell(servers: dict[Served, Server], work: Workload, repetitions: int, folder: Path) -> Cell:
-    runs: dict[str, list[Figures]] = {served.name: [] for served in servers}
-    for seed in range(repetitions):
-        # the order changes too, so that none always runs on the warmer machine
-        for served, server in list(servers.items())[:: 1 if seed % 2 else -1]:
-            figures = drive(server, served.path, work, seed, folder)
-            runs[served.name].append(figures)
-            of = f"{seed + 1}/{repetitions}"
-            say(f"{work.name}, {of}, {served.name}: {figures[work.throughput]:.1f} tokens/s")
-    return Cell(work, runs)
+def _repetition(
+    servers: dict[Served, Server], work: Workload, seed: int, number: str, folder: Path
+) -> dict[str, Figures]:
+    found = {}
+    # the order changes too, so that none always runs on the warmer machine
+    for served, server in list(servers.items())[:: 1 if seed % 2 else -1]:
+        found[served.name] = drive(server, served.path, work, seed, folder)
+        say(f"{work.name}, {number}, {served.name}: {found[served.name][work.throughput]:.1f} tokens/s")
+    return found
 
 
 def _footprint(served: Served, server: Server) -> Footprint:
