@@ -2,10 +2,10 @@
 // sparse part, bias and rounding in one pass over the weights, whatever the number of tokens.
 //
 // Weights are read where torch packed them (int4_panels.py): panels of P rows, byte [k, i] of a panel holding row i in its
-// low and row P/2 + i in its high half. One unit of work is half a panel, times up to 8 tokens that lie beside each other.
-// Few tokens multiply the codes, decoded 16 at a time straight into a vector, and apply steps once a group:
+// low and row P/2 + i in its high half. Tokens lie beside each other, a block of them at a time.
+// Few tokens multiply the codes of half a panel, decoded 16 at a time straight into a vector, and apply steps once a group:
 //   y = sum_g s_g (sum_k code_k x_k) + (z_g - 8 s_g) (sum_k x_k)
-// For many tokens each unit is decoded once. All sums are fp32 and rounded once.
+// For many tokens each panel is decoded once. All sums are fp32 and rounded once.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -14,6 +14,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <vector>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -24,8 +26,10 @@ namespace {
 using at::Tensor;
 
 constexpr int LANES = 16;
-constexpr int64_t TOKENS = 8;       // at once: with two vectors of rows their sums fill half of 32 registers
-constexpr int64_t MANY_BLOCKS = 3;  // of tokens: from here on a unit is decoded once for all of them
+constexpr int64_t TOKENS = 8;    // few, at once: with two vectors of rows their sums fill half of 32 registers
+constexpr int64_t FEW = 16;      // with more than these a panel is decoded once for all of them
+constexpr int64_t TILE = 6;      // many, at once
+constexpr int64_t SLICE = 1024;  // columns decoded at once, a multiple of every group
 constexpr int64_t GRAIN = 1 << 18;  // products that are not worth a second thread
 constexpr float ZERO_CODE = 8.0f;
 
@@ -79,12 +83,12 @@ struct Block {
   const float *inputs, *sums;
 };
 
-// What has been summed up of HALF rows from `first_row` on, plus bias -> y.
-template <int T, int HALF>
-void store(float (&sums)[T][HALF], const Layer& layer, const Block& block, int64_t first_row, uint16_t* y) {
-  const int64_t rows = std::min<int64_t>(HALF, layer.rows - first_row);
-  for (int64_t m = 0; m < block.count; ++m) {
-    uint16_t* output = y + (block.first + m) * layer.rows + first_row;
+// What `count` tokens from `first` on have summed up of ROWS rows from `first_row` on, plus bias -> y.
+template <int ROWS>
+void store(float (*sums)[ROWS], const Layer& layer, int64_t first, int64_t count, int64_t first_row, uint16_t* y) {
+  const int64_t rows = std::min<int64_t>(ROWS, layer.rows - first_row);
+  for (int64_t m = 0; m < count; ++m) {
+    uint16_t* output = y + (first + m) * layer.rows + first_row;
     if (layer.bias)
       for (int64_t i = 0; i < rows; ++i) sums[m][i] += widened(layer.bias[first_row + i]);
     for (int64_t i = 0; i < rows; ++i) output[i] = rounded(sums[m][i]);
@@ -134,7 +138,7 @@ void multiply(const Layer& layer, const Block& block, int64_t unit, uint16_t* y)
     for (int m = 0; m < T; ++m)
       for (int i = 0; i < HALF; ++i) sums[m][i] += sparse[i][m];
   }
-  store<T, HALF>(sums, layer, block, first_row, y);
+  store<HALF>(sums, layer, block.first, block.count, first_row, y);
 }
 
 template <int V, bool HIGH>
@@ -147,55 +151,128 @@ void multiply(const Layer& layer, const Block& block, int64_t lanes, int64_t uni
   }
 }
 
-// Many tokens: a unit is decoded once, with its sparse entries, into fp32 [K, HALF], which stays in the cache.
-template <int V, bool HIGH>
-void decode(const Layer& layer, int64_t unit, float* weights) {
-  constexpr int HALF = V * LANES;
-  const uint8_t* codes = layer.codes + unit / 2 * layer.columns * HALF;
-  for (int64_t g = 0; g < layer.columns / layer.group; ++g)
-    for (int v = 0; v < V; ++v) {
-      const Step step(layer, g, unit * HALF + LANES * v);
-      for (int64_t k = g * layer.group; k < (g + 1) * layer.group; ++k) {
-        const Floats weight = decoded<HIGH>(codes + k * HALF + LANES * v) * step.scale + step.zero;
-        std::memcpy(weights + k * HALF + LANES * v, &weight, sizeof weight);
+// Many tokens: a panel is decoded once, SLICE columns at a time, which stay in the second-level cache while all tokens pass.
+// 6 tokens times 64 rows are summed up in 24 of 32 registers: of all tiles this one loads least for a multiplication.
+template <int V>
+struct Panel {
+  static constexpr int HALF = V * LANES, ROWS = 2 * HALF;
+
+  // fp32 [columns, ROWS] of the columns from `first` on, with their sparse entries.
+  static void decode(const Layer& layer, int64_t panel, int64_t first, int64_t columns, Floats* weights) {
+    for (int64_t k = first; k < first + columns; k += layer.group)
+      for (int v = 0; v < V; ++v) {
+        const int64_t row = panel * ROWS + LANES * v, group = k / layer.group;
+        const Step low(layer, group, row), high(layer, group, row + HALF);
+        const uint8_t* codes = layer.codes + (panel * layer.columns + k) * HALF + LANES * v;
+        Floats* out = weights + (k - first) * 2 * V + v;
+        for (int64_t i = 0; i < layer.group; ++i, codes += HALF, out += 2 * V) {
+          out[0] = decoded<false>(codes) * low.scale + low.zero;
+          out[V] = decoded<true>(codes) * high.scale + high.zero;
+        }
       }
+    if (!layer.offsets) return;
+    auto* numbers = reinterpret_cast<float*>(weights);
+    for (int64_t unit = 2 * panel; unit < 2 * panel + 2; ++unit)
+      for (int32_t e = layer.offsets[unit]; e < layer.offsets[unit + 1]; ++e) {
+        const int64_t column = layer.places[e] / HALF - first;
+        if (column >= 0 && column < columns)
+          numbers[column * ROWS + unit % 2 * HALF + layer.places[e] % HALF] += layer.values[e];
+      }
+  }
+
+  // sums [TILE, ROWS] += inputs [columns / LANES, TILE, LANES] times weights.
+  static void multiply(const float* inputs, const Floats* weights, int64_t columns, Floats* sums) {
+    Floats total[TILE][2 * V];
+    std::memcpy(total, sums, sizeof total);
+    for (int64_t k = 0; k < columns; k += LANES, inputs += TILE * LANES)
+      for (int i = 0; i < LANES; ++i, weights += 2 * V)
+        for (int v = 0; v < 2 * V; ++v)
+          for (int m = 0; m < TILE; ++m) total[m][v] += weights[v] * inputs[m * LANES + i];
+    std::memcpy(sums, total, sizeof total);
+  }
+
+  // Of the tokens of `count` blocks, the first of which is `first_block`.
+  static void run(const Layer& layer, int64_t panel, const float* inputs, int64_t tokens, int64_t first_block,
+                  int64_t count, uint16_t* y) {
+    std::vector<Floats> weights(std::min(SLICE, layer.columns) * 2 * V), sums(count * TILE * 2 * V);
+    for (int64_t k = 0; k < layer.columns; k += SLICE) {
+      const int64_t columns = std::min(SLICE, layer.columns - k);
+      decode(layer, panel, k, columns, weights.data());
+      for (int64_t b = 0; b < count; ++b)
+        multiply(inputs + ((first_block + b) * layer.columns + k) * TILE, weights.data(), columns,
+                 &sums[b * TILE * 2 * V]);
     }
-  if (layer.offsets)
-    for (int32_t e = layer.offsets[unit]; e < layer.offsets[unit + 1]; ++e) weights[layer.places[e]] += layer.values[e];
-}
-
-template <int T, int V>
-void multiply_decoded(const Layer& layer, const Block& block, int64_t unit, const float* weights, uint16_t* y) {
-  constexpr int HALF = V * LANES;
-  Floats total[T][V] = {};
-  for (int64_t k = 0; k < layer.columns; ++k)
-    for (int v = 0; v < V; ++v) {
-      Floats weight;
-      std::memcpy(&weight, weights + k * HALF + LANES * v, sizeof weight);
-      for (int m = 0; m < T; ++m) total[m][v] += weight * block.inputs[k * T + m];
+    for (int64_t b = 0; b < count; ++b) {
+      const int64_t token = (first_block + b) * TILE;
+      store<ROWS>(reinterpret_cast<float(*)[ROWS]>(&sums[b * TILE * 2 * V]), layer, token,
+                  std::min(TILE, tokens - token), panel * ROWS, y);
     }
-  float sums[T][HALF];
-  std::memcpy(sums, total, sizeof sums);
-  store<T, HALF>(sums, layer, block, unit * HALF, y);
-}
+  }
+};
 
-// Tokens beside each other: zeros fill them up.
-int64_t lanes_for(int64_t tokens, int64_t blocks) {
-  return blocks > 1 || tokens > 4 ? TOKENS : tokens > 2 ? 4 : tokens;
-}
-
-// x bf16 [M, K] -> `inputs` and `sums` of the tokens from `first` on.
-void transpose(const uint16_t* x, const Layer& layer, int64_t first, int64_t count, int64_t lanes, float* inputs,
-               float* sums) {
+// x bf16 [M, K] -> fp32 [K, lanes] of `count` tokens from `first` on; zeros fill them up.
+void transpose(const uint16_t* x, const Layer& layer, int64_t first, int64_t count, int64_t lanes, float* inputs) {
   for (int64_t k = 0; k < layer.columns; ++k)
     for (int64_t m = 0; m < lanes; ++m)
       inputs[k * lanes + m] = m < count ? widened(x[(first + m) * layer.columns + k]) : 0.0f;
+}
+
+void sum_groups(const float* inputs, const Layer& layer, int64_t lanes, float* sums) {
   for (int64_t g = 0; g < layer.columns / layer.group; ++g) {
     float total[TOKENS] = {};  // of all tokens beside each other: one after the other, each addition waits for the last
     for (int64_t k = g * layer.group; k < (g + 1) * layer.group; ++k)
       for (int64_t m = 0; m < lanes; ++m) total[m] += inputs[k * lanes + m];
     std::copy_n(total, lanes, sums + g * lanes);
   }
+}
+
+void few(const Layer& layer, const uint16_t* x, int64_t tokens, uint16_t* y) {
+  const int64_t blocks = (tokens + TOKENS - 1) / TOKENS, groups = layer.columns / layer.group;
+  const int64_t lanes = tokens > 4 ? TOKENS : tokens > 2 ? 4 : tokens, stride = (layer.columns + groups) * lanes;
+  const auto inputs = std::make_unique_for_overwrite<float[]>(blocks * stride);
+  std::vector<Block> all;
+  for (int64_t b = 0; b < blocks; ++b) {
+    float *block = &inputs[b * stride], *sums = block + layer.columns * lanes;
+    all.push_back({b * TOKENS, std::min(TOKENS, tokens - b * TOKENS), block, sums});
+    transpose(x, layer, all[b].first, all[b].count, lanes, block);
+    sum_groups(block, layer, lanes, sums);
+  }
+  const bool wide = layer.half == 2 * LANES;
+  const int64_t units = (layer.rows + layer.half - 1) / layer.half;
+  at::parallel_for(0, units, GRAIN / (layer.columns * layer.half * tokens) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      const auto run = wide ? (unit % 2 ? multiply<2, true> : multiply<2, false>)
+                            : (unit % 2 ? multiply<1, true> : multiply<1, false>);
+      for (const Block& block : all) run(layer, block, lanes, unit, y);
+    }
+  });
+}
+
+// x bf16 [M, K] -> fp32 [K / LANES, TILE, LANES] of `count` tokens from `first` on; zeros fill them up.
+void widen(const uint16_t* x, const Layer& layer, int64_t first, int64_t count, float* inputs) {
+  for (int64_t m = 0; m < TILE; ++m)
+    for (int64_t k = 0; k < layer.columns; k += LANES)
+      for (int i = 0; i < LANES; ++i)
+        inputs[k * TILE + m * LANES + i] = m < count ? widened(x[(first + m) * layer.columns + k + i]) : 0.0f;
+}
+
+void many(const Layer& layer, const uint16_t* x, int64_t tokens, uint16_t* y) {
+  const int64_t blocks = (tokens + TILE - 1) / TILE, stride = layer.columns * TILE;
+  const auto inputs = std::make_unique_for_overwrite<float[]>(blocks * stride);
+  at::parallel_for(0, blocks, GRAIN / stride + 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)
+      widen(x, layer, b * TILE, std::min(TILE, tokens - b * TILE), &inputs[b * stride]);
+  });
+  const auto run = layer.half == 2 * LANES ? Panel<2>::run : Panel<1>::run;
+  const int64_t panels = (layer.rows + 2 * layer.half - 1) / (2 * layer.half);
+  const int64_t work = layer.columns * 2 * layer.half * TILE;  // of one panel and one block: there may be few panels
+  at::parallel_for(0, panels * blocks, GRAIN / work + 1, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t block = first % blocks, count = std::min(blocks - block, last - first);
+      run(layer, first / blocks, inputs.get(), tokens, block, count, y);
+      first += count;
+    }
+  });
 }
 
 Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optional<Tensor>& bias, int64_t out_features,
@@ -216,40 +293,8 @@ Tensor cpu_int4_linear(const Tensor& x, at::TensorList weights, const std::optio
   const Tensor added = bias ? bias->to(x.scalar_type()).contiguous() : Tensor();
   if (bias) layer.bias = static_cast<const uint16_t*>(added.const_data_ptr());
 
-  const int64_t tokens = flat.size(0), blocks = (tokens + TOKENS - 1) / TOKENS, groups = layer.columns / group;
-  const Tensor workspace = at::empty({blocks, (layer.columns + groups) * TOKENS}, x.options().dtype(at::kFloat));
-  auto* inputs = workspace.mutable_data_ptr<float>();
-  const auto* given = static_cast<const uint16_t*>(flat.const_data_ptr());
-  auto* out = static_cast<uint16_t*>(y.mutable_data_ptr());
-  const int64_t stride = workspace.size(1), sums = layer.columns * TOKENS;
-  const int64_t lanes = lanes_for(tokens, blocks);
-  const auto count = [&](int64_t b) { return std::min(TOKENS, tokens - b * TOKENS); };
-  const auto block = [&](int64_t b) {
-    return Block{b * TOKENS, count(b), inputs + b * stride, inputs + b * stride + sums};
-  };
-  at::parallel_for(0, blocks, GRAIN / (layer.columns * TOKENS) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b)
-      transpose(given, layer, b * TOKENS, count(b), lanes, inputs + b * stride, inputs + b * stride + sums);
-  });
-  const bool wide = layer.half == 2 * LANES;
-  const int64_t units = (out_features + layer.half - 1) / layer.half;
-  at::parallel_for(0, units, GRAIN / (layer.columns * layer.half * tokens) + 1, [&](int64_t first, int64_t last) {
-    std::vector<float> weights(blocks < MANY_BLOCKS ? 0 : layer.columns * layer.half);
-    for (int64_t unit = first; unit < last; ++unit) {
-      const bool high = unit % 2;
-      if (blocks < MANY_BLOCKS) {
-        const auto run = wide ? (high ? multiply<2, true> : multiply<2, false>)
-                              : (high ? multiply<1, true> : multiply<1, false>);
-        for (int64_t b = 0; b < blocks; ++b) run(layer, block(b), lanes, unit, out);
-      } else {
-        const auto fill = wide ? (high ? decode<2, true> : decode<2, false>)
-                               : (high ? decode<1, true> : decode<1, false>);
-        const auto run = wide ? multiply_decoded<TOKENS, 2> : multiply_decoded<TOKENS, 1>;
-        fill(layer, unit, weights.data());
-        for (int64_t b = 0; b < blocks; ++b) run(layer, block(b), unit, weights.data(), out);
-      }
-    }
-  });
+  (flat.size(0) > FEW ? many : few)(layer, static_cast<const uint16_t*>(flat.const_data_ptr()), flat.size(0),
+                                    static_cast<uint16_t*>(y.mutable_data_ptr()));
   return y;
 }
 
