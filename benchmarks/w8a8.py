@@ -68,8 +68,10 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         for mode in MODES:
             settings = {"activations": activations(mode), "bias_correction": corrected}
             rows.append(row(name, mode, Equalization("minmax", strength), **settings))
-    for mode, name in {"dynamic": "aweq-w8a8", "static": "aweq-w8a8-static"}.items():
+    for mode, name in {"dynamic": "aweq-w8a8", "static": "aweq-w8a8-static", "all static": "aweq-w8a8-static"}.items():
         preset = load_recipe(name)
+        if mode == "all static":
+            preset = replace(preset, activations=replace(preset.activations, limit=NEVER))
         rows.append(Row(f"AWEQ, preset without bias correction|{mode}", replace(preset, bias_correction=False)))
         rows.append(Row(f"AWEQ, preset|{mode}", preset))
     return rows
