@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from requant import models, sources
 from requant.bench.environment import environment
-from requant.calibrated import CalibratedRun
+from requant.calibrated.run import CalibratedRun
+from requant.calibrated.subject import Subject
 from requant.calibration import read_windows
 from requant.perplexity import perplexity, windows
 from requant.recipe import Recipe
@@ -125,7 +126,8 @@ def measure(job: Job, kept: Path | None = None) -> Row:
     start = time.monotonic()
     schemes = dict.fromkeys(linears, job.recipe.layer_scheme)
     stages = SharedChoice(_opened(kept, job.key), _opened(kept, job.choice_key))
-    made = CalibratedRun(network, architecture, schemes, job.recipe, torch.bfloat16, stages).quantize(samples)
+    subject = Subject(network, architecture, schemes, job.recipe, torch.bfloat16)
+    made = CalibratedRun(subject, stages).quantize(samples)
     seconds, peak = time.monotonic() - start + stages.seconds, max(peak_gib(), stages.peak_gib)
     for name, linear in linears.items():
         linear.weight.data.copy_(dequantize(made.layers[name]))

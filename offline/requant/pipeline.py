@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from requant import models, output_head, sources
 from requant.aweq import int8
-from requant.calibrated import Calibrated, CalibratedRun
+from requant.calibrated.run import Calibrated, CalibratedRun
+from requant.calibrated.subject import Subject
 from requant.calibration import Windows, read_windows
 from requant.checkpoint import ShardWriter, write_json
 from requant.detach import outliers
@@ -191,17 +192,11 @@ def _calibrate(
     for name, parameter in network.named_parameters():
         _checked(name, parameter.detach())
     schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}
-    run = CalibratedRun(
-        network.to(device, torch.float32),
-        architecture,
-        {name: chosen for name, chosen in schemes.items() if chosen},
-        recipe,
-        dtype,
-        Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages(),
-        stores,
-    )
+    wanted = {name: chosen for name, chosen in schemes.items() if chosen}
+    subject = Subject(network.to(device, torch.float32), architecture, wanted, recipe, dtype, stores)
+    stages = Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages()
     try:
-        return run.quantize(windows)
+        return CalibratedRun(subject, stages).quantize(windows)
     except ValueError as error:
         raise InputError(f"{source.name}: {error}") from None
     finally:

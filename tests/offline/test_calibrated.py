@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from requant import models
-from requant.calibrated import CalibratedRun
+from requant.calibrated.run import CalibratedRun
+from requant.calibrated.subject import Subject
 from requant.calibration import Windows
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
@@ -28,7 +29,8 @@ def windows(count: int) -> Windows:
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
     names = models.linears(model, models.LLAMA)
-    return CalibratedRun(model, models.LLAMA, dict.fromkeys(names, recipe.layer_scheme), recipe, torch.bfloat16)
+    schemes = dict.fromkeys(names, recipe.layer_scheme)
+    return CalibratedRun(Subject(model, models.LLAMA, schemes, recipe, torch.bfloat16))
 
 
 def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from requant import api, models
 from requant.aweq.settings import Activations
-from requant.calibrated import CalibratedRun
+from requant.calibrated.run import CalibratedRun
+from requant.calibrated.subject import Subject
 from requant.calibration import Windows
 from requant.cli import main
 from requant.errors import InputError
@@ -154,7 +155,7 @@ def test_what_is_calibrated_through_experts(more, starved):
     linears = models.linears(network, models.MIXTRAL)
     schemes = dict.fromkeys(linears, recipe.layer_scheme)
     ids = [torch.randint(2048, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    run = CalibratedRun(network, models.MIXTRAL, schemes, recipe, torch.bfloat16)
+    run = CalibratedRun(Subject(network, models.MIXTRAL, schemes, recipe, torch.bfloat16))
     calibrated = run.quantize(Windows(ids, "random", "0"))
     assert calibrated.layers.keys() == linears.keys()
     assert calibrated.unreached == STARVED

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import api, calibrated
+from requant import api
+from requant.calibrated import block as rounding
 from requant.errors import InputError
 from requant.recipe import Recipe
 from requant.settings import Calibration, Distillation, Selection, Training
@@ -31,7 +32,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(base, target, micro_llama, tm
     steps = Distillation(steps=2) if base == "learned" else Distillation()
     recipe = replace(RECIPE, base=base, weights=weights, target_bits=target, distillation=steps)
     api.quantize(micro_llama, tmp_path / "whole", recipe)
-    collect, blocks = calibrated.collect, []
+    collect, blocks = rounding.collect, []
 
     def interrupted(block, *arguments):
         blocks.append(block)
@@ -39,7 +40,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(base, target, micro_llama, tm
             raise KeyboardInterrupt
         return collect(block, *arguments)
 
-    monkeypatch.setattr(calibrated, "collect", interrupted)
+    monkeypatch.setattr(rounding, "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
     assert not (tmp_path / "out").exists()
@@ -58,7 +59,7 @@ def test_another_run_is_refused_by_name(changed, micro_llama, persuasion, tmp_pa
 
     recipe = replace(RECIPE, base="gptq", significant=0.0)
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "collect", interrupted)
+        patch.setattr(rounding, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
     other = replace(recipe, seed=1)

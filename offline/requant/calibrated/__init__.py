@@ -1,0 +1,1 @@
+"""Calibrated quantization of a model in memory."""
