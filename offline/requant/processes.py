@@ -39,7 +39,7 @@ def session(command: Sequence[str], *, log: Path, environment: Mapping[str, str]
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     try:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)  # what a shell runs in the background is deaf to SIGINT
         process.wait(STOP_SECONDS)
         _await_end(process.pid)
     except (ProcessLookupError, subprocess.TimeoutExpired):

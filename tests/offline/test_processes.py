@@ -1,6 +1,7 @@
 """A program and its children: all ended, all counted."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +43,17 @@ def test_children_count_and_end_too(tmp_path):
     assert not members(process.pid)
 
 
+def test_what_a_shell_runs_in_the_background_ends_as_soon(tmp_path):
+    """There SIGINT is ignored, by us and by all that we start."""
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with started(tmp_path, "time.sleep(600)") as process:
+            await_child(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert process.returncode == -signal.SIGTERM
+
+
 def test_a_child_that_outlives_its_parent_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "LINGER_SECONDS", 1)
     with started(tmp_path, "sys.exit(3)") as process:
@@ -56,7 +68,7 @@ def test_a_second_ctrl_c_ends_what_is_deaf_to_the_first(tmp_path, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(600)"
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     running = started(tmp_path, deaf)
     process = running.__enter__()
     await_child(tmp_path)
