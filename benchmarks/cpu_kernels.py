@@ -1,10 +1,11 @@
-"""The quantized products of a CPU beside the unquantized one that vLLM runs there, on the layers of real models.
+"""The quantized products of a CPU beside the unquantized ones that vLLM runs there, on the layers of real models.
 
     python benchmarks/cpu_kernels.py [--shapes 960x576,3072x576,…] [--tokens 1,8,64,512] [--threads 1] [--seconds 1]
 
-Prints a Markdown table: microseconds of processor time for one layer, and how often an unquantized bfloat16 layer takes
-that. Each cell is the least of several runs, which alternate between the columns, over copies of the layer that
-together exceed the last-level cache. Every product is compared with the reference before it is timed.
+Prints a Markdown table: microseconds of processor time for one layer with bfloat16 inputs (float32: with its own), and
+how often an unquantized bfloat16 layer takes that. Each cell is the least of several runs, which alternate between the
+columns, over copies of the layer that together exceed the last-level cache. Every product is compared with the
+reference before it is timed; what this processor can not run is left out, and the reason printed.
 """
 
 import argparse
@@ -29,20 +30,27 @@ CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 CACHE_BYTES = 64 << 20  # more than the last-level cache of most machines
 SHAPES = "960x576,3072x576,576x1536,49152x576,16384x2048,2048x8192"  # SmolLM2-135M, then Llama-3.2-1B's MLP
-QUANTIZED = {
-    "W4 g64": ("cpu_int4_native", LayerScheme(WeightScheme(4, 64, symmetric=False))),
-    "W8A8": ("cpu_int8", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True))),
-    "W8A8 asymmetric": ("cpu_int8", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True, symmetric=False))),
-    "W8A8, oneDNN": ("onednn", LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True))),
+SCHEMES = {
+    "W4 g64": LayerScheme(WeightScheme(4, 64, symmetric=False)),
+    "W8A8": LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True)),
+    "W8A8 asymmetric": LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True, symmetric=False)),
 }
+QUANTIZED = [
+    ("cpu_int4_native", "W4 g64"),
+    *((name, kind) for name in ("cpu_int8_avx512", "cpu_int8_avx2", "onednn") for kind in ("W8A8", "W8A8 asymmetric")),
+    ("fbgemm", "W8A8"),
+]
 
 
 def unquantized(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
-    """As vLLM runs a bfloat16 layer on a CPU."""
-    from vllm import _custom_ops
+    """As vLLM runs a layer of the dtype of ``weight`` and ``x`` on this CPU."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    handlers = [_custom_ops.create_onednn_mm(weight.clone().t()) for _ in range(copies)]
-    return [partial(_custom_ops.onednn_mm, handler, x, None) for handler in handlers]
+    layers: list[Any] = [torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False) for _ in range(copies)]
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    return [partial(layer.cpu_linear, x, layer.weight, None) for layer in layers]
 
 
 def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, scheme: LayerScheme) -> list[Call]:
@@ -84,9 +92,9 @@ def measure(shape: tuple[int, int], tokens: int, seconds: float) -> dict[str, fl
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPE)
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(DTYPE)
     copies = -(-CACHE_BYTES // weight.numel())
-    columns = {"bfloat16": unquantized(weight, x, copies)}
-    for column, (name, scheme) in QUANTIZED.items():
-        columns[column] = quantized(weight, x, copies, name, scheme)
+    columns = {"bfloat16": unquantized(weight, x, copies), "float32": unquantized(weight.float(), x.float(), copies)}
+    for name, kind in QUANTIZED:
+        columns[f"{kind}, {name}"] = quantized(weight, x, copies, name, SCHEMES[kind])
     return least_seconds({column: calls for column, calls in columns.items() if calls}, seconds)
 
 
@@ -110,10 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for tokens in arguments.tokens:
             found = measure(shape, tokens, arguments.seconds)
             base = found.pop("bfloat16")
-            times = (f"{found[one] * 1e6:.0f} ({base / found[one]:.1f}x)" if one in found else "" for one in QUANTIZED)
-            rows.append((f"{shape[0]} x {shape[1]}", str(tokens), f"{base * 1e6:.0f}", *times))
+            times = {one: f"{seconds * 1e6:.0f} ({base / seconds:.1f}x)" for one, seconds in found.items()}
+            rows.append((f"{shape[0]} x {shape[1]}", str(tokens), f"{base * 1e6:.0f}", *times.values()))
             print(*rows[-1], sep=" | ", file=sys.stderr, flush=True)
-    print(table(("rows x columns", "tokens", "bfloat16", *QUANTIZED), rows))
+    print(table(("rows x columns", "tokens", "bfloat16", *times), rows))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ data = importlib.resources.files("requant") / "data" / "austen.txt"
 assert data.read_text().startswith("EMMA")
 from requant_kernels.dense_sparse.cpu_int4_native import SOURCE
 assert SOURCE.exists()
-from requant_kernels.w8a8.cpu_int8 import SOURCE
-assert SOURCE.exists()
+from requant_kernels.w8a8.cpu_int8 import AVX2, AVX512
+assert all(one.source.exists() and list(one.source.parent.glob("*.h")) for one in (AVX2, AVX512))
 """
 
 

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ from requant_kernels.reference import dequantize
 from requant_kernels.weight import DenseSparseWeight
 
 AFTER_CHOICE = ("base", "training", "distillation")  # parts of a recipe that do not decide which entries are sparse
+
+
+def conditions() -> dict[str, Any]:
+    """Where figures come from. JSON."""
+    return environment() | {"threads": torch.get_num_threads()}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Row:
-    """bits: true ones a weight; seconds, peak_gib: of quantizing; summary: what calibration reports; job: Job.key."""
+    """bits: true ones a weight; seconds, peak_gib: of quantizing; summary: what calibration reports; job: Job.key;
+    conditions: where and when, for rows of one file may come from several machines."""
 
     name: str
     bits: float
@@ -79,6 +85,7 @@ class Row:
     peak_gib: float
     summary: dict[str, Any]
     job: dict[str, Any]
+    conditions: dict[str, Any] = field(default_factory=conditions)
 
 
 class SharedChoice(Stages):
@@ -170,14 +177,9 @@ def run(jobs: Iterable[Job], path: Path | None) -> list[Row]:
             measured.append(row)
             if path and kept:
                 everything = [asdict(row) for row in measured]
-                path.write_text(json.dumps(conditions() | {"rows": everything}, indent=1) + "\n")
+                path.write_text(json.dumps({"rows": everything}, indent=1) + "\n")
                 shutil.rmtree(folder_of(kept, job.key), ignore_errors=True)
         rows.append(row)
     if kept:
         shutil.rmtree(kept, ignore_errors=True)
     return rows
-
-
-def conditions() -> dict[str, Any]:
-    """Where figures come from. JSON."""
-    return environment() | {"threads": torch.get_num_threads()}

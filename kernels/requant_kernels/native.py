@@ -58,8 +58,13 @@ def _folder() -> Path:
 
 
 def _key(source: Path, compiler: str) -> str:
-    """Of all that decides whether a compiled library fits: source, flags, compiler, torch, and the processor."""
-    parts = (source.read_bytes(), *(text.encode() for text in (*_FLAGS, compiler, torch.__version__, _processor())))
+    """Of all that decides whether a compiled library fits: source, headers beside it, flags, compiler, torch, and the
+    processor."""
+    files = (source, *sorted(source.parent.glob("*.h")))
+    parts = (
+        *(file.read_bytes() for file in files),
+        *(text.encode() for text in (*_FLAGS, compiler, torch.__version__, _processor())),
+    )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

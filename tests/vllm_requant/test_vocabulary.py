@@ -115,7 +115,7 @@ def test_a_tied_head_holds_nothing_of_its_own():
     assert sum(one.numel() for one in codes) <= 128 * K  # at most one copy beside what a product has packed
 
 
-@pytest.mark.parametrize("name", ["cpu_int8", "onednn", "int_mm", "float32"])
+@pytest.mark.parametrize("name", ["cpu_int8_avx512", "cpu_int8_avx2", "onednn", "int_mm", "float32"])
 def test_codes_are_kept_twice_only_where_a_product_hides_them(name, monkeypatch):
     chosen = dispatch.IMPLEMENTATIONS[name]
     able, reason = chosen.can_implement(LayerConfig.of(stored(), torch.float32, torch.device("cpu")))

@@ -17,7 +17,7 @@
 #include <memory>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -25,24 +25,36 @@ namespace {
 
 using at::Tensor;
 
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+constexpr int STRIP = 4;         // vectors of rows that many tokens multiply at once: 6 x 4 sums of 32 registers
 constexpr int64_t TOKENS = 8;    // few, at once: with two vectors of rows their sums fill half of 32 registers
-constexpr int64_t FEW = 16;      // with more than these a panel is decoded once for all of them
-constexpr int64_t TILE = 6;      // many, at once
-constexpr int64_t SLICE = 1024;  // columns decoded at once, a multiple of every group
+constexpr int64_t SLICE = 1024;  // columns decoded at once, a multiple of every group: they stay in the second-level cache
+#else
+constexpr int LANES = 8;
+constexpr int STRIP = 2;        // 6 x 2 sums of 16 registers
+constexpr int64_t TOKENS = 4;   // half of 16 registers
+constexpr int64_t SLICE = 256;  // 16 KiB of a strip, which stay in the first-level cache
+#endif
+constexpr int64_t FEW = 16;  // with more than these a panel is decoded once for all of them
+constexpr int64_t TILE = 6;  // many, at once
 constexpr int64_t GRAIN = 1 << 18;  // products that are not worth a second thread
 constexpr float ZERO_CODE = 8.0f;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 
-// 16 codes as floats. GCC 12 makes scalar code of its own __builtin_convertvector from bytes.
+// Codes as floats. GCC 12 makes scalar code of its own __builtin_convertvector from bytes.
 template <bool HIGH>
 inline Floats decoded(const uint8_t* packed) {
 #ifdef __AVX512F__
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i codes = HIGH ? _mm512_srli_epi32(bytes, 4) : _mm512_and_si512(bytes, _mm512_set1_epi32(15));
   return reinterpret_cast<Floats>(_mm512_cvtepi32_ps(codes));
+#elif defined(__AVX2__)
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+  const __m256i codes = HIGH ? _mm256_srli_epi32(bytes, 4) : _mm256_and_si256(bytes, _mm256_set1_epi32(15));
+  return reinterpret_cast<Floats>(_mm256_cvtepi32_ps(codes));
 #else
   float codes[LANES];
   for (int i = 0; i < LANES; ++i) codes[i] = static_cast<float>(HIGH ? packed[i] >> 4 : packed[i] & 15);
@@ -95,7 +107,7 @@ void store(float (*sums)[ROWS], const Layer& layer, int64_t first, int64_t count
   }
 }
 
-// Scale and zero of 16 rows: w = code * scale + zero.
+// Scale and zero of a vector of rows: w = code * scale + zero.
 struct Step {
   Floats scale, zero;
 
@@ -107,106 +119,130 @@ struct Step {
   }
 };
 
-// Few tokens: each weight is decoded where it is used.
-template <int T, int V, bool HIGH>
-void multiply(const Layer& layer, const Block& block, int64_t unit, uint16_t* y) {
-  const int64_t panel = unit / 2, first_row = unit * layer.half;
-  const uint8_t* codes = layer.codes + panel * layer.columns * layer.half;
-  Floats total[T][V] = {};
+// Few tokens: each weight is decoded where it is used, of HALVES of a panel from half FIRST on.
+template <int T, int V, int FIRST, int HALVES>
+void multiply(const Layer& layer, const Block& block, int64_t panel, uint16_t* y) {
+  constexpr int HALF = V * LANES, WIDE = HALVES * V;
+  const int64_t first_row = (2 * panel + FIRST) * HALF;
+  const uint8_t* codes = layer.codes + panel * layer.columns * HALF;
+  constexpr int CHAINS = T == 1 ? 2 : 1;  // of so few additions each would wait for the last
+  Floats total[T][WIDE] = {};
   for (int64_t g = 0; g < layer.columns / layer.group; ++g) {
-    Floats part[T][V] = {};
-    for (int64_t k = g * layer.group; k < (g + 1) * layer.group; ++k)
-      for (int v = 0; v < V; ++v) {
-        const Floats code = decoded<HIGH>(codes + k * layer.half + LANES * v);
-        for (int m = 0; m < T; ++m) part[m][v] += code * block.inputs[k * T + m];
-      }
-    for (int v = 0; v < V; ++v) {
+    Floats part[CHAINS][T][WIDE] = {};
+    for (int64_t k = g * layer.group; k < (g + 1) * layer.group; k += CHAINS)
+      for (int c = 0; c < CHAINS; ++c)
+        for (int v = 0; v < V; ++v)
+          for (int h = 0; h < HALVES; ++h) {
+            const uint8_t* packed = codes + (k + c) * HALF + LANES * v;
+            const Floats code = FIRST + h ? decoded<true>(packed) : decoded<false>(packed);
+            for (int m = 0; m < T; ++m) part[c][m][h * V + v] += code * block.inputs[(k + c) * T + m];
+          }
+    for (int v = 0; v < WIDE; ++v) {
       const Step step(layer, g, first_row + LANES * v);
-      for (int m = 0; m < T; ++m) total[m][v] += step.scale * part[m][v] + step.zero * block.sums[g * T + m];
+      for (int m = 0; m < T; ++m) {
+        for (int c = 1; c < CHAINS; ++c) part[0][m][v] += part[c][m][v];
+        total[m][v] += step.scale * part[0][m][v] + step.zero * block.sums[g * T + m];
+      }
     }
   }
-  constexpr int HALF = V * LANES;
-  float sums[T][HALF];
+  float sums[T][WIDE * LANES];
   std::memcpy(sums, total, sizeof sums);
-  if (layer.offsets && layer.offsets[unit] < layer.offsets[unit + 1]) {
+  for (int h = 0; layer.offsets && h < HALVES; ++h) {
+    const int32_t *offsets = layer.offsets + 2 * panel + FIRST + h;
+    if (offsets[0] == offsets[1]) continue;
     float sparse[HALF][T] = {};  // transposed: one vector an entry, and no branch that depends on the entries of a row
-    for (int32_t e = layer.offsets[unit]; e < layer.offsets[unit + 1]; ++e) {
+    for (int32_t e = offsets[0]; e < offsets[1]; ++e) {
       const float* input = block.inputs + layer.places[e] / HALF * T;
       float* sum = sparse[layer.places[e] % HALF];
       for (int m = 0; m < T; ++m) sum[m] += layer.values[e] * input[m];
     }
     for (int m = 0; m < T; ++m)
-      for (int i = 0; i < HALF; ++i) sums[m][i] += sparse[i][m];
+      for (int i = 0; i < HALF; ++i) sums[m][h * HALF + i] += sparse[i][m];
   }
-  store<HALF>(sums, layer, block.first, block.count, first_row, y);
+  store<WIDE * LANES>(sums, layer, block.first, block.count, first_row, y);
 }
 
-template <int V, bool HIGH>
+template <int T, int V>
+void multiply_half(const Layer& layer, const Block& block, int64_t unit, uint16_t* y) {
+  (unit % 2 ? multiply<T, V, 1, 1> : multiply<T, V, 0, 1>)(layer, block, unit / 2, y);
+}
+
+// One or two tokens: unit is a panel, whose bytes are then loaded once; more: half of one, or registers would not suffice.
+template <int V>
 void multiply(const Layer& layer, const Block& block, int64_t lanes, int64_t unit, uint16_t* y) {
   switch (lanes) {
-    case 1: return multiply<1, V, HIGH>(layer, block, unit, y);
-    case 2: return multiply<2, V, HIGH>(layer, block, unit, y);
-    case 4: return multiply<4, V, HIGH>(layer, block, unit, y);
-    default: return multiply<TOKENS, V, HIGH>(layer, block, unit, y);
+    case 1: return multiply<1, V, 0, 2>(layer, block, unit, y);
+    case 2: return multiply<2, V, 0, 2>(layer, block, unit, y);
+    case 4: return multiply_half<4, V>(layer, block, unit, y);
+    default: return multiply_half<TOKENS, V>(layer, block, unit, y);
   }
 }
 
-// Many tokens: a panel is decoded once, SLICE columns at a time, which stay in the second-level cache while all tokens pass.
-// 6 tokens times 64 rows are summed up in 24 of 32 registers: of all tiles this one loads least for a multiplication.
+// Many tokens: a panel is decoded once, SLICE columns at a time, which stay in a core's own cache while all tokens pass.
+// 6 tokens times a strip of rows are summed up in three quarters of the registers: of all tiles this loads least for a
+// multiplication.
 template <int V>
 struct Panel {
   static constexpr int HALF = V * LANES, ROWS = 2 * HALF;
+  static constexpr int WIDE = std::min(STRIP, 2 * V), STRIPS = 2 * V / WIDE;  // vectors of a strip, strips of a panel
+  static constexpr int64_t SUMS = TILE * WIDE;                               // vectors of a block and a strip
 
-  // fp32 [columns, ROWS] of the columns from `first` on, with their sparse entries.
+  // fp32 [STRIPS, columns, WIDE, LANES] of the columns from `first` on, with their sparse entries.
   static void decode(const Layer& layer, int64_t panel, int64_t first, int64_t columns, Floats* weights) {
+    const auto place = [&](int64_t column, int64_t vector) {
+      return (vector / WIDE * columns + column) * WIDE + vector % WIDE;
+    };
     for (int64_t k = first; k < first + columns; k += layer.group)
       for (int v = 0; v < V; ++v) {
         const int64_t row = panel * ROWS + LANES * v, group = k / layer.group;
         const Step low(layer, group, row), high(layer, group, row + HALF);
         const uint8_t* codes = layer.codes + (panel * layer.columns + k) * HALF + LANES * v;
-        Floats* out = weights + (k - first) * 2 * V + v;
-        for (int64_t i = 0; i < layer.group; ++i, codes += HALF, out += 2 * V) {
-          out[0] = decoded<false>(codes) * low.scale + low.zero;
-          out[V] = decoded<true>(codes) * high.scale + high.zero;
+        Floats *lower = weights + place(k - first, v), *higher = weights + place(k - first, V + v);
+        for (int64_t i = 0; i < layer.group; ++i, codes += HALF) {
+          lower[i * WIDE] = decoded<false>(codes) * low.scale + low.zero;
+          higher[i * WIDE] = decoded<true>(codes) * high.scale + high.zero;
         }
       }
     if (!layer.offsets) return;
     auto* numbers = reinterpret_cast<float*>(weights);
     for (int64_t unit = 2 * panel; unit < 2 * panel + 2; ++unit)
       for (int32_t e = layer.offsets[unit]; e < layer.offsets[unit + 1]; ++e) {
-        const int64_t column = layer.places[e] / HALF - first;
+        const int64_t column = layer.places[e] / HALF - first, row = unit % 2 * HALF + layer.places[e] % HALF;
         if (column >= 0 && column < columns)
-          numbers[column * ROWS + unit % 2 * HALF + layer.places[e] % HALF] += layer.values[e];
+          numbers[place(column, row / LANES) * LANES + row % LANES] += layer.values[e];
       }
   }
 
-  // sums [TILE, ROWS] += inputs [columns / LANES, TILE, LANES] times weights.
+  // sums [TILE, WIDE] += inputs [columns / LANES, TILE, LANES] times weights [columns, WIDE] of a strip.
   static void multiply(const float* inputs, const Floats* weights, int64_t columns, Floats* sums) {
-    Floats total[TILE][2 * V];
+    Floats total[TILE][WIDE];
     std::memcpy(total, sums, sizeof total);
     for (int64_t k = 0; k < columns; k += LANES, inputs += TILE * LANES)
-      for (int i = 0; i < LANES; ++i, weights += 2 * V)
-        for (int v = 0; v < 2 * V; ++v)
-          for (int m = 0; m < TILE; ++m) total[m][v] += weights[v] * inputs[m * LANES + i];
+      for (int i = 0; i < LANES; ++i, weights += WIDE)
+        for (int m = 0; m < TILE; ++m)
+          for (int v = 0; v < WIDE; ++v) total[m][v] += weights[v] * inputs[m * LANES + i];
     std::memcpy(sums, total, sizeof total);
   }
 
   // Of the tokens of `count` blocks, the first of which is `first_block`.
   static void run(const Layer& layer, int64_t panel, const float* inputs, int64_t tokens, int64_t first_block,
                   int64_t count, uint16_t* y) {
-    std::vector<Floats> weights(std::min(SLICE, layer.columns) * 2 * V), sums(count * TILE * 2 * V);
+    std::vector<Floats> weights(std::min(SLICE, layer.columns) * 2 * V), sums(STRIPS * count * SUMS);
     for (int64_t k = 0; k < layer.columns; k += SLICE) {
       const int64_t columns = std::min(SLICE, layer.columns - k);
       decode(layer, panel, k, columns, weights.data());
-      for (int64_t b = 0; b < count; ++b)
-        multiply(inputs + ((first_block + b) * layer.columns + k) * TILE, weights.data(), columns,
-                 &sums[b * TILE * 2 * V]);
+      for (int64_t strip = 0; strip < STRIPS; ++strip)
+        for (int64_t b = 0; b < count; ++b)
+          multiply(inputs + ((first_block + b) * layer.columns + k) * TILE, &weights[strip * columns * WIDE], columns,
+                   &sums[(strip * count + b) * SUMS]);
     }
-    for (int64_t b = 0; b < count; ++b) {
-      const int64_t token = (first_block + b) * TILE;
-      store<ROWS>(reinterpret_cast<float(*)[ROWS]>(&sums[b * TILE * 2 * V]), layer, token,
-                  std::min(TILE, tokens - token), panel * ROWS, y);
-    }
+    for (int64_t strip = 0; strip < STRIPS; ++strip)
+      for (int64_t b = 0; b < count; ++b) {
+        constexpr int rows = WIDE * LANES;
+        const int64_t token = (first_block + b) * TILE, row = panel * ROWS + strip * rows;
+        store<rows>(reinterpret_cast<float(*)[rows]>(&sums[(strip * count + b) * SUMS]), layer, token,
+                    std::min(TILE, tokens - token), row, y);
+      }
   }
 };
 
@@ -237,14 +273,12 @@ void few(const Layer& layer, const uint16_t* x, int64_t tokens, uint16_t* y) {
     transpose(x, layer, all[b].first, all[b].count, lanes, block);
     sum_groups(block, layer, lanes, sums);
   }
-  const bool wide = layer.half == 2 * LANES;
-  const int64_t units = (layer.rows + layer.half - 1) / layer.half;
-  at::parallel_for(0, units, GRAIN / (layer.columns * layer.half * tokens) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      const auto run = wide ? (unit % 2 ? multiply<2, true> : multiply<2, false>)
-                            : (unit % 2 ? multiply<1, true> : multiply<1, false>);
+  const int64_t vectors = layer.half / LANES, rows = lanes > 2 ? layer.half : 2 * layer.half;
+  const auto run = vectors == 1 ? multiply<1> : vectors == 2 ? multiply<2> : multiply<4>;
+  const int64_t units = (layer.rows + rows - 1) / rows;
+  at::parallel_for(0, units, GRAIN / (layer.columns * rows * tokens) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t unit = first; unit < last; ++unit)
       for (const Block& block : all) run(layer, block, lanes, unit, y);
-    }
   });
 }
 
@@ -263,7 +297,8 @@ void many(const Layer& layer, const uint16_t* x, int64_t tokens, uint16_t* y) {
     for (int64_t b = first; b < last; ++b)
       widen(x, layer, b * TILE, std::min(TILE, tokens - b * TILE), &inputs[b * stride]);
   });
-  const auto run = layer.half == 2 * LANES ? Panel<2>::run : Panel<1>::run;
+  const int64_t vectors = layer.half / LANES;
+  const auto run = vectors == 1 ? Panel<1>::run : vectors == 2 ? Panel<2>::run : Panel<4>::run;
   const int64_t panels = (layer.rows + 2 * layer.half - 1) / (2 * layer.half);
   const int64_t work = layer.columns * 2 * layer.half * TILE;  // of one panel and one block: there may be few panels
   at::parallel_for(0, panels * blocks, GRAIN / work + 1, [&](int64_t first, int64_t last) {

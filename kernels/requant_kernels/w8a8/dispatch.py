@@ -5,16 +5,25 @@ import torch
 from requant_kernels.choice import first_able
 from requant_kernels.prepared import Prepared
 from requant_kernels.w8a8.accumulating import Accumulating
-from requant_kernels.w8a8.cpu_int8 import CpuInt8
+from requant_kernels.w8a8.cpu_int8 import AVX2, AVX512, CpuInt8
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.onednn import OneDnn
-from requant_kernels.w8a8.products import Fbgemm, Float32, IntMm, Product
+from requant_kernels.w8a8.products import Fbgemm, Float32, IntMm
 from requant_kernels.w8a8.triton import IMPLEMENTATION as TRITON
 from requant_kernels.w8a8.weight import W8A8Weight
 
-_PRODUCTS: tuple[Product, ...] = (IntMm(), Fbgemm(), Float32())
+# oneDNN refuses processors without VNNI instructions; _int_mm saturates on some of them and is slow on the others
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    one.name: one for one in (TRITON, CpuInt8(), OneDnn(), *map(Accumulating, _PRODUCTS))
+    one.name: one
+    for one in (
+        TRITON,
+        CpuInt8(AVX512),
+        OneDnn(),
+        CpuInt8(AVX2),
+        Accumulating(IntMm()),
+        Accumulating(Fbgemm()),
+        Accumulating(Float32()),
+    )
 }
 
 

@@ -32,7 +32,7 @@ class Product(Protocol):
 
 
 class IntMm:
-    """``torch._int_mm``: exact and fast with VNNI instructions, saturating without."""
+    """``torch._int_mm``: exact and fast with VNNI instructions, saturating or slow without."""
 
     name = "int_mm"
     devices: tuple[str, ...] = ("cpu",)

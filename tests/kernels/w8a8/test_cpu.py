@@ -20,7 +20,7 @@ from tests.kernels.strategies import random_w8a8, w8a8_layers
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU_IMPLEMENTATIONS = ("cpu_int8", "onednn", "int_mm", "fbgemm", "float32")
+CPU_IMPLEMENTATIONS = ("cpu_int8_avx512", "cpu_int8_avx2", "onednn", "int_mm", "fbgemm", "float32")
 
 
 def runnable(name, weight, dtype=torch.float32):
@@ -166,7 +166,7 @@ def test_a_processor_without_vnni_gets_an_exact_product():
     )
     assert done.returncode == 0, done.stderr
     able = dict(line.split()[:2] for line in done.stdout.splitlines())
-    assert able["onednn"] == able["int_mm"] == "False"
+    assert able["onednn"] == "False"  # _int_mm saturates on some of them and is slow on the others
     assert able["fbgemm"] == able["float32"] == "True"
 
 
