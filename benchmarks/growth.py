@@ -10,17 +10,14 @@ is a process of its own. Linux only.
 import argparse
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
 from requant.markdown import table
@@ -30,6 +27,8 @@ from requant.sensitivity.store import offloaded
 from requant_kernels.rounding import rtn
 from requant_kernels.scheme import WeightScheme
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.anonymous import Peak, anonymous_bytes
 
 GRID = WeightScheme(4, 64, symmetric=False)
 MIB = 2**20
@@ -51,34 +50,6 @@ class Cost:
     seconds: float
     memory: int
     gradients: int
-
-
-def anonymous_bytes() -> int:
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if not found:
-        sys.exit("growth: this system does not tell anonymous memory (RssAnon in /proc/self/status)")
-    return int(found[1]) * 1024
-
-
-class Peak(AbstractContextManager["Peak"]):
-    """The largest ``read()`` inside, every 20 milliseconds."""
-
-    def __init__(self, read: Callable[[], int]) -> None:
-        self.most = read()
-        self._read, self._over = read, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.02):
-            self.most = max(self.most, self._read())
-
-    def __enter__(self) -> "Peak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
-        self._thread.join()
 
 
 def measure(case: Case) -> Cost:
@@ -107,7 +78,7 @@ def measure(case: Case) -> Cost:
         path = pqi.Path(blocks, weights, loss, start, end, stores)
         path.loss_at(0.0, samples[:1])  # what the first pass of any kind leaves behind is not the integral's
         before, began = anonymous_bytes(), time.process_time()
-        with Peak(anonymous_bytes) as peak:
+        with Peak() as peak:
             path.gradients(samples, nodes("midpoint", case.intervals), second_moment=True)
         seconds = time.process_time() - began
     return Cost(seconds, peak.most - before, sum(weight.nbytes for weight in weights.values()))

@@ -15,12 +15,15 @@ _KERNELS = torch.ops.aten
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROW_MULTIPLE = 64  # every known panel divides it, so padding to it leaves no narrower last panel
+ROWS_AT_ONCE = 16 * ROW_MULTIPLE
 ZERO_CODE = 8
 
 
 def pack_panels(codes: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] in [0, 16), N a multiple of 64 -> uint8 [N, K/2], opaque."""
-    return _KERNELS._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    # some panels at a time: as int32 all codes would take eight times the memory of what becomes of them
+    parts = codes.split(ROWS_AT_ONCE)
+    return torch.cat([_KERNELS._convert_weight_to_int4pack_for_cpu(part.to(torch.int32), 1) for part in parts])
 
 
 def multiply_panels(

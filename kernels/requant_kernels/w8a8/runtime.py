@@ -9,6 +9,8 @@ from requant_kernels.scheme import ActivationScheme
 from requant_kernels.w8a8.rounding import round_input
 from requant_kernels.w8a8.weight import W8A8Weight
 
+ROWS_AT_ONCE = 1024  # that are summed up: torch makes int32 of all that it is given
+
 
 class Runtime(NamedTuple):
     """weight: the codes in an implementation's own form; weight_scale fp32 and weight_sums (of the codes of each row)
@@ -29,7 +31,7 @@ class Runtime(NamedTuple):
             stored.scheme.activations,
             weight,
             weight_scale,
-            stored.codes.sum(1, dtype=torch.int32),
+            torch.cat([rows.sum(1, dtype=torch.int32) for rows in stored.codes.split(ROWS_AT_ONCE)]),
             None if stored.input_scale is None else stored.input_scale.float(),
             None if zero_point is None else zero_point.to(torch.int32),
         )
