@@ -22,7 +22,7 @@ ZERO_CODE = 8
 def pack_panels(codes: torch.Tensor) -> torch.Tensor:
     """Codes [N, K] in [0, 16), N a multiple of 64 -> uint8 [N, K/2], opaque."""
     # some panels at a time: as int32 all codes would take eight times the memory of what becomes of them
-    parts = codes.split(ROWS_AT_ONCE)
+    parts = codes.split(ROWS_AT_ONCE)  # type: ignore[no-untyped-call]
     return torch.cat([_KERNELS._convert_weight_to_int4pack_for_cpu(part.to(torch.int32), 1) for part in parts])
 
 

@@ -31,7 +31,7 @@ class Runtime(NamedTuple):
             stored.scheme.activations,
             weight,
             weight_scale,
-            torch.cat([rows.sum(1, dtype=torch.int32) for rows in stored.codes.split(ROWS_AT_ONCE)]),
+            _sums(stored.codes),
             None if stored.input_scale is None else stored.input_scale.float(),
             None if zero_point is None else zero_point.to(torch.int32),
         )
@@ -49,3 +49,9 @@ class Runtime(NamedTuple):
 
     def round(self, x: torch.Tensor) -> QuantizedInput:
         return round_input(x, self.scheme, self.input_scale, self.input_zero_point)
+
+
+def _sums(codes: torch.Tensor) -> torch.Tensor:
+    """Of each row, int32."""
+    parts = codes.split(ROWS_AT_ONCE)  # type: ignore[no-untyped-call]
+    return torch.cat([part.sum(1, dtype=torch.int32) for part in parts])
