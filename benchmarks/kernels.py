@@ -1,7 +1,8 @@
-"""The dense-plus-sparse kernels against the reference, then against cuBLAS, on the linear layers of real models.
+"""The GPU kernels against the reference, then against cuBLAS, on the linear layers of real models.
 
     python benchmarks/kernels.py --json out.json          the whole table on this GPU (under 9 minutes)
     python benchmarks/kernels.py --model Llama-3.1-8B     some models only
+    python benchmarks/kernels.py --w8a8                   W8A8 layers instead, beside int8 cuBLAS and vLLM's cutlass
     python benchmarks/kernels.py --tune h200.json         search launch configurations, write them as a table
     python benchmarks/kernels.py --tiny                   a few cells anywhere: in Triton's interpreter without a GPU
 
@@ -31,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500, help="start no layer after this time (default 500)")
     parser.add_argument("--json", type=Path, help="write all cells there")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write the fastest launch table there instead")
+    parser.add_argument("--w8a8", action="store_true", help="int8 layers instead of dense-plus-sparse ones")
     parser.add_argument("--tiny", action="store_true", help="a few cells, whose times mean nothing without a GPU")
     return parser.parse_args()
 
@@ -62,6 +64,16 @@ def measure(options: argparse.Namespace, setting: Any, models: dict[str, Any]) -
             for scheme in schemes:
                 for density in densities:
                     yield from cells.quantized(shape, scheme, density, tokens, setting)
+
+
+def measure_int8(options: argparse.Namespace, setting: Any, models: dict[str, Any]) -> Iterator[Any]:
+    """Cells of W8A8 layers."""
+    from benchmarks.kernel_timing import cells, int8, shapes
+
+    tokens = (1, 20) if options.tiny else shapes.TOKENS
+    for shape in (shape for model in models.values() for shape in model):
+        yield from cells.unquantized(shape, tokens, setting)
+        yield from int8.everything(shape, tokens, setting)
 
 
 def separate_sparse(setting: Any, models: dict[str, Any]) -> Iterator[Any]:
@@ -115,7 +127,10 @@ def main() -> int:
     models = {"tiny": shapes.TINY} if options.tiny else shapes.MODELS
     models = {name: models[name] for name in options.model or models}
     report: dict[str, Any] = environment(setting) | {"ceilings": clock.ceilings(setting.device)}
-    measured = [*measure(options, setting, models), *separate_sparse(setting, models)]
+    if options.w8a8:
+        measured = list(measure_int8(options, setting, models))
+    else:
+        measured = [*measure(options, setting, models), *separate_sparse(setting, models)]
     copy = report["ceilings"]["copy_bytes_per_s"]
     for model in models:
         print("\n".join([model, *tables.lines([cell for cell in measured if cell.model == model], copy), ""]))

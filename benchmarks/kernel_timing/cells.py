@@ -34,12 +34,14 @@ class Cell:
         return min(self.micros)
 
 
-def _twice(calls: Calls, setting: Setting) -> tuple[float, float]:
+def twice(calls: Calls, setting: Setting) -> tuple[float, float]:
+    """Microseconds of a call, in two runs."""
     first = microseconds(calls, setting.device)
     return first, microseconds(calls, setting.device) if setting.device.type == "cuda" else first
 
 
-def _cell(shape: Shape, kernel: str, tokens: int, micros: tuple[float, float], stored: int, **more: Any) -> Cell:
+def cell(shape: Shape, kernel: str, tokens: int, micros: tuple[float, float], stored: int, **more: Any) -> Cell:
+    """stored: bytes of the layer."""
     moved = stored + 2 * tokens * (shape.rows + shape.columns)
     place = (shape.model, shape.layer, shape.rows, shape.columns)
     return Cell(*place, kernel, tokens, micros, moved, **more)
@@ -52,7 +54,7 @@ def unquantized(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterat
     for count in tokens:
         x = layers.activations(count, shape, setting)
         calls: Calls = [partial(torch.nn.functional.linear, x, w) for w in copies]
-        yield _cell(shape, "cuBLAS", count, _twice(calls, setting), layers.size([weight]))
+        yield cell(shape, "cuBLAS", count, twice(calls, setting), layers.size([weight]))
 
 
 def quantized(shape: Shape, scheme: str, density: float, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
@@ -66,8 +68,8 @@ def quantized(shape: Shape, scheme: str, density: float, tokens: Sequence[int], 
         x = layers.activations(count, shape, setting)
         calls = layers.calls(implementation, prepared, copies, x)
         error = layers.check(calls[0](), x, exact)
-        micros = _twice(calls, setting)
-        yield _cell(shape, scheme, count, micros, layers.size(copies[0]), density=density, error=error)
+        micros = twice(calls, setting)
+        yield cell(shape, scheme, count, micros, layers.size(copies[0]), density=density, error=error)
 
 
 def separate_sparse(shape: Shape, density: float, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
@@ -80,5 +82,5 @@ def separate_sparse(shape: Shape, density: float, tokens: Sequence[int], setting
     stored = layers.size([offsets, columns, values])
     for count in tokens:
         x = layers.activations(count, shape, setting).to(dtype).T.contiguous()
-        micros = _twice([partial(torch.matmul, csr, x)], setting)
-        yield _cell(shape, "CSR alone", count, micros, stored, density=density)
+        micros = twice([partial(torch.matmul, csr, x)], setting)
+        yield cell(shape, "CSR alone", count, micros, stored, density=density)

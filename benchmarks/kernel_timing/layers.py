@@ -91,10 +91,14 @@ def calls(implementation: Triton, prepared: Prepared, copies: list[list[torch.Te
 
 def check(y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:
     """The relative error of y against fp32 x W^T; raises ArithmeticError where it is no rounding error."""
-    expected = x.float() @ exact.T
+    return relative_error(y, x.float() @ exact.T)
+
+
+def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Raises ArithmeticError where y differs from the fp32 ``expected`` by more than rounding to its dtype."""
     error = float((y.float() - expected).norm() / expected.norm())
     if not error < WORST_ERROR[y.dtype]:  # NaN never passes
-        raise ArithmeticError(f"relative error {error:.1e} at {tuple(x.shape)} x {tuple(exact.shape)}")
+        raise ArithmeticError(f"relative error {error:.1e} of an output {tuple(y.shape)}")
     return error
 
 
