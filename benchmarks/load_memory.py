@@ -11,26 +11,22 @@ is that of the engine when it is ready, less that of the unquantized model beyon
 import argparse
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
-import torch
 from requant import api
 from requant.markdown import table
 from requant.recipe import load_recipe
 from requant.server import QUIET_ENVIRONMENT
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.anonymous import Peak, anonymous_bytes
+from benchmarks.random_model import make_model
 
-TOKENIZER = ROOT / "tests" / "fixtures" / "micro-llama-en"
 RECIPES = {"W4 + 0.5 % sparse": "w4-sparse", "W8A8": "rtn-w8a8"}
 MIB = 2**20
 CACHE = 8 * MIB  # of keys and values: so small that the most memory is that of loading
@@ -42,22 +38,6 @@ class Loaded:
 
     ready: int
     peak: int
-
-
-def make_model(folder: Path, layers: int, hidden: int) -> None:
-    shutil.copytree(TOKENIZER, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=LlamaConfig.from_pretrained(TOKENIZER).vocab_size,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 256,
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def load(model: Path) -> Loaded:
