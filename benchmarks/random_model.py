@@ -2,7 +2,8 @@
 
     python benchmarks/random_model.py OUT [--layers 16] [--hidden 2048]
 
-By default it has the layers of Llama-3.2-1B, though not its vocabulary. What it says means nothing; what it costs to serve is that of a trained model of this shape.
+By default it has the layers of Llama-3.2-1B, though not its vocabulary. What it says means nothing; what it costs to
+serve is that of a trained model of this shape.
 """
 
 import argparse
