@@ -72,8 +72,14 @@ def w8a8_rows(alphas: list[float]) -> list[Row]:
         preset = load_recipe(name)
         if mode == "all static":
             preset = replace(preset, activations=replace(preset.activations, limit=NEVER))
-        rows.append(Row(f"AWEQ, preset without bias correction|{mode}", replace(preset, bias_correction=False)))
-        rows.append(Row(f"AWEQ, preset|{mode}", preset))
+        kinds = {"AWEQ, preset": preset}
+        if mode != "dynamic":
+            kinds["AWEQ, preset, symmetric inputs"] = replace(
+                preset, activations=replace(preset.activations, symmetric=True)
+            )
+        for kind, recipe in kinds.items():
+            rows.append(Row(f"{kind} without bias correction|{mode}", replace(recipe, bias_correction=False)))
+            rows.append(Row(f"{kind}|{mode}", recipe))
     return rows
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.server
 
 RECIPE = r"""
 weights: {bits: 8}
-activations: {mode: static}
+activations: {mode: static, symmetric: false}
 equalization: {range: minmax, alpha: 0.5}
 bias_correction: true
 significant: 0.5%
