@@ -56,8 +56,7 @@ def ours(shape: Shape, name: str, tokens: Sequence[int], setting: Setting) -> It
     copies = layers.rotated(list(prepared.tensors.values()), setting)
     for count in tokens:
         x = layers.activations(count, shape, setting)
-        rest = (None, prepared.out_features, list(prepared.meta))
-        calls: Calls = [partial(implementation.apply, x, tensors, *rest) for tensors in copies]
+        calls = layers.calls(implementation, prepared, copies, x)
         error = layers.relative_error(calls[0](), reference.w8a8_linear(x.float(), weight))
         yield cell(shape, name, count, twice(calls, setting), layers.size(copies[0]), error=error)
 

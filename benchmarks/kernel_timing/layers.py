@@ -9,7 +9,7 @@ from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
 from requant_kernels.packing import packed_length
-from requant_kernels.prepared import Prepared
+from requant_kernels.prepared import Prepared, Runs
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 from requant_kernels.weight import DenseSparseWeight
@@ -83,7 +83,7 @@ def rotated(tensors: list[torch.Tensor], setting: Setting) -> list[list[torch.Te
     return [tensors, *([tensor.clone() for tensor in tensors] for _ in range(count))]
 
 
-def calls(implementation: Triton, prepared: Prepared, copies: list[list[torch.Tensor]], x: torch.Tensor) -> Calls:
+def calls(implementation: Runs, prepared: Prepared, copies: list[list[torch.Tensor]], x: torch.Tensor) -> Calls:
     """One call for each copy of the layer."""
     rest = (None, prepared.out_features, list(prepared.meta))
     return [partial(implementation.apply, x, tensors, *rest) for tensors in copies]
