@@ -7,7 +7,8 @@
     python benchmarks/kernels.py --tiny                   a few cells anywhere: in Triton's interpreter without a GPU
 
 Every configuration is compared with the reference before it is timed: graph replays over copies of the layer that
-together exceed the L2 cache, twice. Needs torch and triton >= 3.6, nothing installed.
+together exceed the L2 cache, twice. Needs torch and triton >= 3.6, nothing installed; where vLLM, conch, humming or
+gemlite can be imported, their kernels for weights of few bits are checked and timed as well.
 """
 
 import argparse
@@ -40,9 +41,10 @@ def arguments() -> argparse.Namespace:
 def measure(options: argparse.Namespace, setting: Any, models: dict[str, Any]) -> Iterator[Any]:
     """Cells, as they come; layers that the time does not allow are named and left out."""
 
-    from benchmarks.kernel_timing import cells, compilation, shapes
+    from benchmarks.kernel_timing import cells, compilation, peers, shapes
 
     begun = time.monotonic()
+    deadline = begun + options.seconds
     tokens = (1, 20, 70) if options.tiny else shapes.TOKENS
     schemes = list(shapes.SCHEMES)[: 2 if options.tiny else None]
     densities = (0.0, 0.005) if options.tiny else shapes.DENSITIES
@@ -57,13 +59,14 @@ def measure(options: argparse.Namespace, setting: Any, models: dict[str, Any]) -
         print(f"compiled in {time.monotonic() - begun:.0f} s{'; FAILED: ' + failures[0] if failures else ''}")
     for model in models.values():
         for shape in model:
-            if time.monotonic() - begun > options.seconds:
+            if time.monotonic() > deadline:
                 print(f"{shape.model} {shape.layer}: not measured, the time is used up")
                 continue
             yield from cells.unquantized(shape, tokens, setting)
             for scheme in schemes:
                 for density in densities:
                     yield from cells.quantized(shape, scheme, density, tokens, setting)
+    yield from peers.everything([one for model in models.values() for one in model], tokens, setting, deadline)
 
 
 def measure_int8(options: argparse.Namespace, setting: Any, models: dict[str, Any]) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from benchmarks.kernel_timing.cells import Cell
 
 HEADER = (
-    f"{'layer':>10} {'[N, K]':>14} {'tokens':>6} {'kernel':>15} {'sparse':>7} {'us':>9} {'spread':>7} "
+    f"{'layer':>10} {'[N, K]':>14} {'tokens':>6} {'kernel':>19} {'sparse':>7} {'us':>9} {'spread':>7} "
     f"{'GB/s':>7} {'of copy':>8} {'TFLOP/s':>8} {'x cuBLAS':>9} {'sparse costs':>12}"
 )
 
@@ -23,7 +23,7 @@ def lines(cells: list[Cell], copy: float) -> list[str]:
         flops = 2 * cell.rows * cell.columns * cell.tokens / cell.time * 1e6
         cost = f"{cell.time / bare.time - 1:+.1%}" if bare and cell.density else ""
         result.append(
-            f"{cell.layer:>10} {f'{cell.rows}x{cell.columns}':>14} {cell.tokens:>6} {cell.kernel:>15} "
+            f"{cell.layer:>10} {f'{cell.rows}x{cell.columns}':>14} {cell.tokens:>6} {cell.kernel:>19} "
             f"{cell.density:>7.1%} {cell.time:>9.2f} {max(cell.micros) / cell.time - 1:>7.1%} {rate / 1e9:>7.0f} "
             f"{rate / copy:>8.1%} {flops / 1e12:>8.1f} {f'{peer.time / cell.time:.2f}' if peer else '':>9} {cost:>12}"
         )

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
+ROOT = Path(__file__).parents[3]
+SCRIPT = ROOT / "benchmarks" / "kernels.py"
 
 
 def measured(tmp_path, *options):
@@ -26,6 +28,8 @@ def test_the_tiny_benchmark(tmp_path):
     assert {"cuBLAS", "W4 g128", "W3 g128", "CSR alone"} <= {cell["kernel"] for cell in cells}
     assert all(cell["error"] < 1e-3 for cell in cells if cell["kernel"].startswith("W"))
     assert "0.5 % sparse costs" in said
+    # on a GPU they are timed, or say why not; here vLLM is there and has no GPU
+    assert "Marlin W4 g128: not measured: Marlin only supported on CUDA" in said or torch.cuda.is_available()
 
 
 def test_the_tiny_benchmark_of_int8_layers(tmp_path):
@@ -34,3 +38,22 @@ def test_the_tiny_benchmark_of_int8_layers(tmp_path):
     assert {"cuBLAS", "cuBLAS int8"} | kinds == {cell["kernel"] for cell in cells}
     assert all(cell["error"] < 1e-3 for cell in cells if cell["kernel"] in kinds)
     assert "W8A8 dynamic" in said
+
+
+def test_peers_multiply_by_our_weights():
+    """What vLLM's Triton kernel makes of the layer that we hand it, decoded as that kernel decodes it."""
+    pytest.importorskip("vllm", reason="the package vllm is not installed")
+    from benchmarks.kernel_timing import layers, peers
+    from benchmarks.kernel_timing.shapes import Shape
+
+    setting = layers.Setting(torch.device("cpu"), torch.float16)
+    weight = layers.random_weight(Shape("any", "any", 24, 256), 4, 128, 0.0, setting)
+    with peers.vllm_ready(setting) as linear:
+        layer = peers.vllm_layer(weight)
+        kernel = linear.TritonW4A16LinearKernel.__new__(linear.TritonW4A16LinearKernel)
+        kernel.w_q_name, kernel.w_s_name, kernel.w_zp_name = "weight_packed", "weight_scale", None
+        kernel.process_weights_after_loading(layer)
+    shifts = 4 * torch.arange(8)  # eight outputs in a word [K, N / 8], the step of a group [K / 128, N]
+    codes = ((layer.weight_packed[..., None] >> shifts) & 15).flatten(1)
+    decoded = (codes - 8).float() * layer.weight_scale.float().repeat_interleave(128, 0)
+    assert torch.equal(decoded.T, layers.exact_weight(weight))
