@@ -4,7 +4,8 @@
         [--group-size 64] [--samples 32] [--length 512] [--intervals 8] [--seqlen 1024] [--tokens 8192] [--json FILE]
 
 All rows share the base, its bits and the calibration text; sparse parts hold 0.45 % outliers, 0.05 % significant
-weights, or both. "before" chooses entries first and quantizes around them; "after" restores them, as the paper does.
+weights, or both. "before" chooses entries first and quantizes around them; "after" restores them, as the paper does. A seed also draws the
+calibration windows, which are at equal distances without one, so rows that differ by it alone show the spread.
 Rows that the JSON file already holds are not measured again.
 """
 
@@ -27,6 +28,7 @@ from benchmarks.quality.jobs import Job, Row, run
 
 OUTLIERS, SIGNIFICANT = 0.0045, 0.0005
 SEEDS = (0, 1, 2)
+RIVALS = ("pqi", "pqi-second-moment", "fisher-error")  # compared on several draws of calibration windows
 
 
 def variants(plain: Recipe) -> Iterator[tuple[str, Recipe]]:
@@ -48,6 +50,9 @@ def variants(plain: Recipe) -> Iterator[tuple[str, Recipe]]:
     for name in SENSITIVITIES:
         if name != "random":
             yield f"{name} 0.5 %, before", made(0, both, {"sensitivity": name})
+    for name in RIVALS:
+        for seed in SEEDS[1:]:
+            yield f"{name} 0.5 %, before, seed {seed}", made(0, both, {"sensitivity": name}, seed)
     for name in ("pqi", "pqi-second-moment", "marginal"):
         yield f"{name} 0.5 %, after", made(0, both, {"sensitivity": name} | after)
 

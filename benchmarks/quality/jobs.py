@@ -128,7 +128,7 @@ def measure(job: Job, kept: Path | None = None) -> Row:
     if job.recipe is None:
         return Row(job.name, 16.0, 0.0, job.protocol.perplexities(network, tokenizer), 0.0, 0.0, {}, job.key)
     linears = models.linears(network, architecture)
-    samples = read_windows(job.recipe.calibration, tokenizer)
+    samples = read_windows(job.recipe.calibration, tokenizer, job.recipe.seed)
     torch.manual_seed(job.recipe.seed)
     start = time.monotonic()
     schemes = dict.fromkeys(linears, job.recipe.layer_scheme)

@@ -1,4 +1,4 @@
-"""Calibration text as windows of token ids, spread evenly over the whole text, with a hash of what was read."""
+"""Calibration text as windows of token ids from all over it, with a hash of what was read."""
 
 from dataclasses import dataclass
 from importlib import resources
@@ -20,8 +20,8 @@ class Windows:
     sha256: str
 
 
-def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> Windows:
-    """Non-overlapping windows at equal distances, without special tokens. Raises InputError where the text can not be
+def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Windows:
+    """Non-overlapping windows without special tokens: at equal distances, with another seed than 0 at random. Raises InputError where the text can not be
     read, is empty, or holds fewer windows than asked for."""
     text = _read(calibration.text)
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
@@ -31,8 +31,12 @@ def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -
             f"calibration text {text.name}: {len(ids)} tokens are {there} windows of {calibration.seqlen}, fewer than "
             f"the {calibration.samples} asked for; give a longer text, or lower --samples or --seqlen"
         )
-    stride = (len(ids) - calibration.seqlen) // max(calibration.samples - 1, 1)
-    starts = [i * stride for i in range(calibration.samples)]
+    if seed:
+        order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
+        starts = [int(slot) * calibration.seqlen for slot in order[: calibration.samples].sort().values]
+    else:
+        stride = (len(ids) - calibration.seqlen) // max(calibration.samples - 1, 1)
+        starts = [i * stride for i in range(calibration.samples)]
     return Windows([ids[None, s : s + calibration.seqlen] for s in starts], text.name, text.sha256)
 
 

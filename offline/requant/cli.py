@@ -104,7 +104,7 @@ def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         default=None,
         help="int8 for the output head, and for embeddings tied to it",
     )
-    quantize.add_argument("--seed", type=int)
+    quantize.add_argument("--seed", type=int, help="0 takes calibration windows at equal distances, others at random")
     quantize.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     quantize.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
     quantize.add_argument("--resume", action="store_true", help="keep what is finished; continue where a run stopped")

@@ -187,7 +187,7 @@ def _calibrate(
     context = network.config.max_position_embeddings
     if recipe.calibration.seqlen > context:
         raise InputError(f"calibration: seqlen {recipe.calibration.seqlen} exceeds the model's context of {context}")
-    windows = read_windows(recipe.calibration, source.tokenizer())
+    windows = read_windows(recipe.calibration, source.tokenizer(), recipe.seed)
     architecture, dtype = models.ARCHITECTURES[network.config.model_type], network.dtype
     for name, parameter in network.named_parameters():
         _checked(name, parameter.detach())

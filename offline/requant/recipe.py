@@ -56,8 +56,9 @@ class Recipe:
     ``mixed`` bits and group size of each matrix. ``equalization``, ``activations``, ``bias_correction``: AWEQ's steps.
     ``overrides``: other weights and activations for layers whose full name a regular expression matches. ``ignore``:
     regular expressions; a linear layer whose full name one of them matches stays as it is. ``quantize_lm_head``: int8
-    weights and inputs for the output head, and so for embeddings that are tied to it. Raises InputError, or SchemeError
-    of weights and activations."""
+    weights and inputs for the output head, and so for embeddings that are tied to it. ``seed``: of all that is drawn;
+    with another than 0 that includes the calibration windows. Raises InputError, or SchemeError of weights and
+    activations."""
 
     weights: WeightScheme
     base: str = "rtn"
