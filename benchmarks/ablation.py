@@ -4,9 +4,9 @@
         [--group-size 64] [--samples 32] [--length 512] [--intervals 8] [--seqlen 1024] [--tokens 8192] [--json FILE]
 
 All rows share the base, its bits and the calibration text; sparse parts hold 0.45 % outliers, 0.05 % significant
-weights, or both. "before" chooses entries first and quantizes around them; "after" restores them, as the paper does. A seed also draws the
-calibration windows, which are at equal distances without one, so rows that differ by it alone show the spread.
-Rows that the JSON file already holds are not measured again.
+weights, or both. "before" chooses entries first and quantizes around them; "after" restores them, as the paper does.
+A seed draws the calibration windows as well, which are at equal distances without one: rows that differ by it alone
+show the spread. Rows that the JSON file already holds are not measured again.
 """
 
 import argparse

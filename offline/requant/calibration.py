@@ -21,8 +21,10 @@ class Windows:
 
 
 def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Windows:
-    """Non-overlapping windows without special tokens: at equal distances, with another seed than 0 at random. Raises InputError where the text can not be
-    read, is empty, or holds fewer windows than asked for."""
+    """Non-overlapping windows without special tokens: at equal distances, with another seed than 0 at random.
+
+    Raises InputError where the text can not be read, is empty, or holds fewer windows than asked for.
+    """
     text = _read(calibration.text)
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     there = len(ids) // calibration.seqlen

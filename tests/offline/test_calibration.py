@@ -26,7 +26,8 @@ def test_windows_by_seed(tmp_path, tokenizer):
     calibration = Calibration(str(path), samples=9, seqlen=32)
     drawn = {seed: starts(read_windows(calibration, tokenizer, seed), tokenizer, text) for seed in (0, 1, 2)}
     distances = {right - left for left, right in zip(drawn[0], drawn[0][1:], strict=False)}
-    assert len(distances) == 1 and drawn[0][0] == 0
+    assert len(distances) == 1
+    assert drawn[0][0] == 0
     for seed in (1, 2):
         assert all(right - left >= 32 for left, right in zip(drawn[seed], drawn[seed][1:], strict=False))
         assert drawn[seed] == starts(read_windows(calibration, tokenizer, seed), tokenizer, text)
