@@ -6,19 +6,34 @@ our reconstruction). Ours: each token weighs in the mean as in error.py, and a c
 the error, so weighed, on batches that it was not computed from.
 
 In a plain mean the first token of each sequence, whose massive activations are a hundred times larger than all other
-hidden states, moves every other token: on SmolLM2 that made GPTQ worse (docs/AWEQ.md).
+hidden states, moves every other token.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+EVERY = 4  # one batch of so many is held out
+Differences = Iterable[tuple[torch.Tensor, torch.Tensor]]
+Item = TypeVar("Item")
+
+
+def held_out(batches: Sequence[Item]) -> Sequence[Item]:
+    """Those that decide: the second and every fourth after it."""
+    return batches[1::EVERY]
+
+
+def computed_from(batches: Sequence[Item]) -> list[Item]:
+    """All others."""
+    return [one for index, one in enumerate(batches) if index % EVERY != 1]
 
 
 @dataclass(frozen=True)
 class Correction:
-    """value fp32 [N] to add to the output; error_without and error_with: weighed squared output error on held-out
-    batches, the latter with a value from the other batches."""
+    """value fp32 [N] to add to the output; error_without and error_with it: weighed squared output error on batches
+    that it was not computed from."""
 
     value: torch.Tensor
     error_without: float
@@ -43,18 +58,17 @@ class _Running:
         self.squares += float(weights @ differences.square().sum(1))
 
 
-def correction(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Correction:
-    """batches: quantized output minus original output, [T, N], with the weight of each token, [T]; at least two.
+def correction(used: Differences, deciding: Differences) -> Correction:
+    """Of each batch: quantized output minus original output, [T, N], with the weight of each token, [T].
 
-    Every second batch is held out to decide; the value itself is the weighed mean over all of them, so that nothing of
-    the mean error is left over the calibration set.
+    The value is the weighed mean over the batches ``used``, so that nothing of the mean error is left over them;
+    ``deciding`` are others.
     """
-    used, held_out = _Running(), _Running()
-    for index, (differences, weights) in enumerate(batches):
-        (held_out if index % 2 else used).add(differences.detach().double(), weights.double())
-    estimate = torch.as_tensor(used.weighed) / used.weight
-    # sum w |d - e|^2 = sum w |d|^2 - 2 e sum w d + |e|^2 sum w
-    weighed = torch.as_tensor(held_out.weighed)
-    change = float(held_out.weight * (estimate @ estimate) - 2 * estimate @ weighed)
-    mean = (torch.as_tensor(used.weighed) + weighed) / (used.weight + held_out.weight)
-    return Correction(-mean.float(), held_out.squares, held_out.squares + change)
+    found, held = _Running(), _Running()
+    for running, batches in ((found, used), (held, deciding)):
+        for differences, weights in batches:
+            running.add(differences.detach().double(), weights.double())
+    mean = torch.as_tensor(found.weighed) / found.weight
+    # sum w |d - m|^2 = sum w |d|^2 - 2 m sum w d + |m|^2 sum w
+    change = float(held.weight * (mean @ mean) - 2 * mean @ torch.as_tensor(held.weighed))
+    return Correction(-mean.float(), held.squares, held.squares + change)

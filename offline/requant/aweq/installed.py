@@ -45,10 +45,17 @@ def install(linear: nn.Linear, layer: QuantizedLayer) -> None:
 
 @torch.no_grad()
 def install_around(linear: nn.Linear, layer: QuantizedLayer) -> None:
-    """All but the weight. A bias is created where there is none."""
-    if layer.bias_correction is not None:
-        correction = layer.bias_correction.to(linear.weight)
-        bias = correction if linear.bias is None else linear.bias + correction
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+    """All but the weight."""
+    correct(linear, layer)
     if rounds := RoundInput.of(layer):
         linear.register_forward_pre_hook(rounds)
+
+
+@torch.no_grad()
+def correct(linear: nn.Linear, layer: QuantizedLayer) -> None:
+    """The bias correction alone, if there is one. A bias is created where there is none."""
+    if layer.bias_correction is None:
+        return
+    correction = layer.bias_correction.to(linear.weight)
+    bias = correction if linear.bias is None else linear.bias + correction
+    linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -1,7 +1,8 @@
 """The last step of a block: input steps and bias corrections of its quantized layers, in the order in which they run.
 
 Each layer is settled with the inputs that the layers before it, quantized and corrected, produce; what it should have
-put out comes from the unquantized block on the unquantized model's inputs.
+put out comes from the unquantized block on the unquantized model's inputs. A correction has to lower the error of its
+layer, and those of layers that share an input that of the whole model's end (ending.py), both on held-out samples.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,14 +17,16 @@ from requant_kernels.w8a8.weight import W8A8Weight
 from torch import nn
 from torch.nn.functional import linear
 
-from requant.aweq.bias_correction import Correction, correction
+from requant.aweq.bias_correction import Correction, computed_from, correction, held_out
+from requant.aweq.ending import Ending
 from requant.aweq.error import token_weights
-from requant.aweq.installed import RoundInput, install
+from requant.aweq.installed import RoundInput, correct, install
 from requant.aweq.observe import inputs_of
 from requant.aweq.settings import Activations
 from requant.aweq.static_range import static_range
 from requant.aweq.trial import Trial
 from requant.errors import InputError
+from requant.walk import run_block
 
 Batches = Sequence[torch.Tensor]
 Layers = dict[str, QuantizedLayer]
@@ -35,7 +38,8 @@ class Note:
 
     static_error, dynamic_error: of the block's output, through rounding the inputs of this layer, and of those that it
     shares them with, alone. switched: it was to be static and became dynamic. corrected: whether its bias correction
-    was kept, because it lowers the layer's held-out error from error_without to error_with.
+    was kept, because it lowers the layer's held-out error from error_without to error_with, and those of the layers
+    that share its input together the model's from end_without to end_with.
     """
 
     static_error: float | None = None
@@ -44,6 +48,8 @@ class Note:
     corrected: bool = False
     error_without: float | None = None
     error_with: float | None = None
+    end_without: float | None = None
+    end_with: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,14 @@ class Side:
 @dataclass(frozen=True)
 class Settler:
     """``original``, whose ``outputs`` [B, T, C] are known, is what ``quantized`` should compute; the latter's layers
-    hold ordinary weights until they are settled. ``settings``: of each layer, by local name."""
+    hold ordinary weights until they are settled. ``settings``: of each layer, by local name. ``ending``: of the model
+    after this block, for the held-out samples; of use to bias correction alone."""
 
     original: Side
     outputs: Batches
     quantized: Side
     settings: Mapping[str, Activations]
+    ending: Ending | None = None
 
     @torch.no_grad()
     def settle(
@@ -90,18 +98,17 @@ class Settler:
             made = {name: layers[name] for name in stage}
             noted = dict.fromkeys(made, Note())
             scheme = schemes[stage[0]]
+            inputs = None
             if scheme.bias_correction or _is_static(scheme):
                 inputs = self.quantized.inputs(stage[:1])[stage[0]]
-                if _is_static(scheme):
-                    made, note = self._with_input_steps(made, torch.cat(inputs), torch.cat(weights))
-                    noted = dict.fromkeys(made, note)
-                if scheme.bias_correction:
-                    found = self._corrections(made, inputs, wanted[stage[0]], weights)
-                    made, noted = _corrected(made, noted, found)
+            if inputs and _is_static(scheme):
+                made, note = self._with_input_steps(made, torch.cat(inputs), torch.cat(weights))
+                noted = dict.fromkeys(made, note)
             for name, layer in made.items():
-                module = self.quantized.block.get_submodule(name)
-                assert isinstance(module, nn.Linear)
-                install(module, layer)
+                install(self._at_work(name), layer)
+            if inputs and scheme.bias_correction:
+                found = self._corrections(made, inputs, wanted[stage[0]], weights)
+                made, noted = self._corrected(made, noted, found)
             settled |= made
             notes |= noted
         return settled, notes
@@ -144,22 +151,59 @@ class Settler:
         for name, layer in layers.items():
             rounds, decoded = RoundInput.of(layer), dequantize(layer)
             original = self.original.block.get_parameter(f"{name}.weight")
-            found[name] = correction(
-                (linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight)
-                for x, y, weight in zip(inputs, wanted, weights, strict=True)
+            samples = list(zip(inputs, wanted, weights, strict=True))
+            used, deciding = (
+                (
+                    (linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight)
+                    for x, y, weight in some
+                )
+                for some in (computed_from(samples), held_out(samples))
             )
+            found[name] = correction(used, deciding)
         return found
+
+    def _corrected(
+        self, layers: Layers, notes: dict[str, Note], found: Mapping[str, Correction]
+    ) -> tuple[Layers, dict[str, Note]]:
+        """``layers``, at work without corrections, with those that help put to work."""
+        made, noted = _with_corrections(layers, notes, found)
+        if made is layers:
+            return layers, noted
+        without = self._end_error()
+        before = {name: self._at_work(name).bias for name in made}
+        for name, layer in made.items():
+            correct(self._at_work(name), layer)
+        with_them = self._end_error()
+        kept = with_them < without
+        if not kept:
+            for name, bias in before.items():
+                self._at_work(name).bias = bias
+        noted = {
+            name: replace(one, corrected=one.corrected and kept, end_without=without, end_with=with_them)
+            for name, one in noted.items()
+        }
+        return made if kept else layers, noted
+
+    def _end_error(self) -> float:
+        assert self.ending is not None
+        block, keywords = self.quantized.block, self.quantized.keywords
+        return self.ending.error([run_block(block, hidden, keywords) for hidden in held_out(self.quantized.hidden)])
+
+    def _at_work(self, name: str) -> nn.Linear:
+        module = self.quantized.block.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
 
 
 def _is_static(scheme: LayerScheme) -> bool:
     return scheme.activations is not None and not scheme.activations.dynamic
 
 
-def _corrected(
+def _with_corrections(
     layers: Layers, notes: dict[str, Note], found: Mapping[str, Correction]
 ) -> tuple[Layers, dict[str, Note]]:
-    """Corrections that help are kept; beside one that is, layers of the same stage, which may be served as one, hold
-    zeros."""
+    """Corrections that help their layer; beside one that does, layers of the same stage, which may be served as one,
+    hold zeros."""
     noted = {
         name: replace(notes[name], corrected=one.helps, error_without=one.error_without, error_with=one.error_with)
         for name, one in found.items()

@@ -10,6 +10,7 @@ from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 from transformers import PreTrainedConfig
 
+from requant.aweq.ending import Ending
 from requant.aweq.rewrite import Rewriter
 from requant.aweq.search import Equalizer
 from requant.aweq.settle import Note, Settler, Side
@@ -48,13 +49,16 @@ class Steps:
         original: Side,
         outputs: Sequence[torch.Tensor],
         hidden: Sequence[torch.Tensor],
+        *,
+        ending: Ending | None = None,
     ) -> tuple[dict[str, QuantizedLayer], list[torch.Tensor]]:
         """layers: the block's, by full name; ``outputs`` [B, T, C]: the original block's; ``hidden``: what enters the
-        quantized one. Returns the layers with all that they lack, and what the quantized block puts out."""
+        quantized one; ``ending``: what runs after it, where anything is to be corrected. Returns the layers with all
+        that they lack, and what the quantized block puts out."""
         quantized = Side(deepcopy(original.block), hidden, original.keywords)
         local = self._local(prefix, layers)
         settings = {name: self.recipe.activations_of(f"{prefix}.{name}") for name in local}
-        settler = Settler(original, outputs, quantized, settings)
+        settler = Settler(original, outputs, quantized, settings, ending)
         stages = self.architecture.of(original.block).stages
         settled, notes = settler.settle(stages, local, self._local(prefix, self.schemes))
         self.notes.update({f"{prefix}.{name}": note for name, note in notes.items()})

@@ -11,6 +11,8 @@ from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 
 from requant import models
+from requant.aweq.bias_correction import held_out
+from requant.aweq.ending import Ending
 from requant.aweq.settle import Side
 from requant.aweq.steps import Steps
 from requant.calibrated import entries
@@ -117,6 +119,9 @@ class CalibratedRun:
         blocks = list(models.blocks(subject.network, subject.architecture))
         calls = block_calls(subject.network, [block for _, block in blocks], samples)
         inputs, originals = list(calls.hidden), calls.hidden
+        ending = None
+        if subject.recipe.bias_correction:
+            ending = Ending.of([block for _, block in blocks], calls.keywords, held_out(originals))
         roundings, settled, unreached = dict[str, Rounding](), dict[str, QuantizedLayer](), list[str]()
         for index, (prefix, module) in track(enumerate(blocks), len(blocks), "quantizing blocks"):
             linears = {name: linear for name, linear in subject.linears.items() if name.startswith(f"{prefix}.")}
@@ -127,7 +132,8 @@ class CalibratedRun:
                 rounded, missed = rounding.rounded(block, inputs)
                 unreached += missed
                 layers = {name: rounding.stored(name, one) for name, one in rounded.items()}
-                layers, inputs = steps.settle(prefix, layers, original, originals, inputs)
+                rest = ending and ending.after(index + 1)
+                layers, inputs = steps.settle(prefix, layers, original, originals, inputs, ending=rest)
                 settled |= layers
                 continue
             pairs: Pairs = list(zip(inputs, originals, strict=True))

@@ -5,6 +5,10 @@ from copy import deepcopy
 import pytest
 import torch
 from requant import models
+from requant.aweq.bias_correction import computed_from, held_out
+from requant.aweq.ending import Ending
+from requant.aweq.error import token_weights
+from requant.aweq.installed import install
 from requant.aweq.settings import Activations
 from requant.aweq.settle import Settler, Side
 from requant.errors import InputError
@@ -15,7 +19,7 @@ from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, WeightScheme
 
 from tests.offline.aweq.tiny import tiny_model
 
-SAMPLES = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(6)]
+SAMPLES = [torch.randint(0, 64, (1, 24), generator=torch.Generator().manual_seed(i)) for i in range(20)]
 
 
 class Case:
@@ -27,6 +31,7 @@ class Case:
         blocks = [block for _, block in models.blocks(self.model, self.architecture)]
         calls = block_calls(self.model, blocks, SAMPLES)
         self.hidden, self.keywords, self.block = calls.hidden, calls.keywords[0], blocks[0].requires_grad_(False)
+        self.ending = Ending.of([deepcopy(block) for block in blocks], calls.keywords, held_out(calls.hidden)).after(1)
         self.original = deepcopy(self.block)
         self.activations = activations or Activations("dynamic")
         self.scheme = LayerScheme(weights, None, self.activations.scheme, correct)
@@ -39,7 +44,8 @@ class Case:
     def settle(self):
         original, quantized = (Side(block, self.hidden, self.keywords) for block in (self.original, self.block))
         outputs = [run_block(self.original, x, self.keywords) for x in self.hidden]
-        settler = Settler(original, outputs, quantized, dict.fromkeys(self.layers, self.activations))
+        activations = dict.fromkeys(self.layers, self.activations)
+        settler = Settler(original, outputs, quantized, activations, self.ending)
         return settler.settle(self.architecture.stages, self.layers, dict.fromkeys(self.layers, self.scheme))
 
     def error(self):
@@ -94,18 +100,41 @@ def test_after_correction_no_layer_errs_on_average(model, weights):
     mode = "dynamic" if weights == W8A8_WEIGHTS else "none"
     case = Case(model, weights, Activations(mode), correct=True)
     layers, notes = case.settle()
+    hidden = computed_from(case.hidden)
+    weights = token_weights([run_block(case.original, x, case.keywords) for x in case.hidden])
     for name, note in notes.items():
-        assert note.corrected == (note.error_with < note.error_without)
+        local = note.error_with < note.error_without
+        assert note.corrected == (local and note.end_with < note.end_without)
         if not note.corrected:
             continue
         found, wanted = (
-            Side(block, case.hidden, case.keywords).inputs([name])[name] for block in (case.block, case.original)
+            Side(block, hidden, case.keywords).inputs([name])[name] for block in (case.block, case.original)
         )
         weight = case.original.get_submodule(name).weight
-        pairs = zip(found, wanted, strict=True)
-        error = sum((reference_linear(x, layers[name]) - y @ weight.T).sum(0) for x, y in pairs)
-        assert float((error / (24 * len(SAMPLES))).abs().max()) < 1e-4
+        triples = list(zip(found, wanted, computed_from(weights), strict=True))
+        error = sum(by @ (reference_linear(x, layers[name]) - y @ weight.T) for x, y, by in triples)
+        assert float((error / sum(by.sum() for *_, by in triples)).abs().max()) < 1e-4
     assert any(note.corrected for note in notes.values())
+
+
+def test_a_correction_that_harms_the_models_end_is_not_kept():
+    case = Case(weights=WeightScheme(2, 32), activations=Activations("none"), correct=True)
+    corrected, _ = case.settle()
+    worse = Case(weights=WeightScheme(2, 32), activations=Activations("none"), correct=True)
+    # an end that is reached without any correction: quantized as it is, the block leaves what is wanted
+    quantized = deepcopy(worse.block)
+    for name, layer in worse.layers.items():
+        install(quantized.get_submodule(name), layer)
+    outputs = [run_block(quantized, x, worse.keywords) for x in held_out(worse.hidden)]
+    worse.ending = Ending.of(worse.ending.blocks, worse.ending.keywords, outputs)
+    layers, notes = worse.settle()
+    last = worse.architecture.stages[-1]
+    assert any(layer.bias_correction is not None for layer in corrected.values())
+    for name in last:
+        assert notes[name].error_with < notes[name].error_without  # the layer alone would keep it
+        assert not notes[name].corrected
+        assert layers[name].bias_correction is None
+        assert worse.block.get_submodule(name).bias is None
 
 
 def test_layers_that_may_be_served_as_one_are_corrected_together():

@@ -1,0 +1,54 @@
+"""What a change in one block does to the end of the model: an error that a layer, or its block, does not show. Ours.
+
+Tokens that all others attend to are the reason: a constant that brings the average token closer to the original may
+move these away from it, and what they mean to the others comes out blocks later.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from requant.walk import run_block
+
+
+@dataclass(frozen=True)
+class Ending:
+    """``blocks``: the unquantized ones that are still to run, with the ``keywords`` of each; ``wanted`` [B, T, C]: what
+    the original model's last block puts out for each sample that decides."""
+
+    blocks: Sequence[nn.Module]
+    keywords: Sequence[Mapping[str, Any]]
+    wanted: Sequence[torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[nn.Module], keywords: Sequence[Mapping[str, Any]], hidden: Sequence[torch.Tensor]
+    ) -> Self:
+        """Of a model that no block has run of; hidden [B, T, C]: what enters its first block."""
+        whole = cls(blocks, keywords, ())
+        return cls(blocks, keywords, [whole._last(sample) for sample in hidden])
+
+    def after(self, count: int) -> Self:
+        """When the first ``count`` blocks have run."""
+        return type(self)(self.blocks[count:], self.keywords[count:], self.wanted)
+
+    @torch.no_grad()
+    def error(self, hidden: Sequence[torch.Tensor]) -> float:
+        """hidden [B, T, C], of each sample that decides: what leaves the block. Returns the mean over all tokens of
+        |y' - y|^2 / |y|^2 of the last hidden state, which is what the final norm makes of it."""
+        total, count = 0.0, 0
+        for sample, wanted in zip(hidden, self.wanted, strict=True):
+            squares = wanted.float().square().sum(-1)
+            relative = (self._last(sample) - wanted).float().square().sum(-1) / squares
+            total += float(relative[squares > 0].sum())
+            count += squares.numel()
+        return total / count
+
+    @torch.no_grad()
+    def _last(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block, keywords in zip(self.blocks, self.keywords, strict=True):
+            hidden = run_block(block, hidden, keywords)
+        return hidden
