@@ -13,6 +13,8 @@ from torch import nn
 
 from requant.walk import run_block
 
+TOKENS = 1024  # that decide: two runs of the rest of the model for each choice
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -27,9 +29,10 @@ class Ending:
     def of(
         cls, blocks: Sequence[nn.Module], keywords: Sequence[Mapping[str, Any]], hidden: Sequence[torch.Tensor]
     ) -> Self:
-        """Of a model that no block has run of; hidden [B, T, C]: what enters its first block."""
-        whole = cls(blocks, keywords, ())
-        return cls(blocks, keywords, [whole._last(sample) for sample in hidden])
+        """Of a model that no block has run of; hidden [B, T, C]: what enters its first block, of samples of which the
+        first few decide."""
+        whole, few = cls(blocks, keywords, ()), max(1, TOKENS // hidden[0].shape[:-1].numel())
+        return cls(blocks, keywords, [whole._last(sample) for sample in hidden[:few]])
 
     def after(self, count: int) -> Self:
         """When the first ``count`` blocks have run."""
@@ -37,7 +40,7 @@ class Ending:
 
     @torch.no_grad()
     def error(self, hidden: Sequence[torch.Tensor]) -> float:
-        """hidden [B, T, C], of each sample that decides: what leaves the block. Returns the mean over all tokens of
+        """hidden [B, T, C]: what leaves the block, of the same samples. Returns the mean over all tokens of
         |y' - y|^2 / |y|^2 of the last hidden state, which is what the final norm makes of it."""
         total, count = 0.0, 0
         for sample, wanted in zip(hidden, self.wanted, strict=True):

@@ -187,7 +187,8 @@ class Settler:
     def _end_error(self) -> float:
         assert self.ending is not None
         block, keywords = self.quantized.block, self.quantized.keywords
-        return self.ending.error([run_block(block, hidden, keywords) for hidden in held_out(self.quantized.hidden)])
+        deciding = held_out(self.quantized.hidden)[: len(self.ending.wanted)]
+        return self.ending.error([run_block(block, hidden, keywords) for hidden in deciding])
 
     def _at_work(self, name: str) -> nn.Linear:
         module = self.quantized.block.get_submodule(name)

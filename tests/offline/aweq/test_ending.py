@@ -47,3 +47,11 @@ def test_what_a_block_gets_wrong_is_run_through_the_others(case):
     relative = (torch.cat(last) - wanted).square().sum(-1) / wanted.square().sum(-1)
     assert after.error(hidden) == pytest.approx(float(relative.detach().mean()), rel=1e-5)
     assert after.error(hidden) > 0
+
+
+def test_few_tokens_decide(case):
+    blocks, calls = case
+    many = calls.hidden * 100  # 4800 tokens
+    assert len(Ending.of(blocks, calls.keywords, many).wanted) == 64
+    long = [torch.cat([sample] * 100, 1) for sample in calls.hidden]  # more than enough each; positions do not matter
+    assert len(Ending.of([], [], long).wanted) == 1
