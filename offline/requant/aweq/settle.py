@@ -5,7 +5,7 @@ put out comes from the unquantized block on the unquantized model's inputs. A co
 layer, and those of layers that share an input that of the whole model's end (ending.py), both on held-out samples.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -147,20 +147,23 @@ class Settler:
 
     def _corrections(self, layers: Layers, inputs: Batches, wanted: Batches, weights: Batches) -> dict[str, Correction]:
         """inputs, wanted: what enters the quantized and the original layers."""
-        found = {}
-        for name, layer in layers.items():
-            rounds, decoded = RoundInput.of(layer), dequantize(layer)
-            original = self.original.block.get_parameter(f"{name}.weight")
-            samples = list(zip(inputs, wanted, weights, strict=True))
-            used, deciding = (
-                (
-                    (linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight)
-                    for x, y, weight in some
-                )
-                for some in (computed_from(samples), held_out(samples))
+        samples = list(zip(inputs, wanted, weights, strict=True))
+        return {
+            name: correction(
+                self._differences(name, layer, computed_from(samples)),
+                self._differences(name, layer, held_out(samples)),
             )
-            found[name] = correction(used, deciding)
-        return found
+            for name, layer in layers.items()
+        }
+
+    def _differences(
+        self, name: str, layer: QuantizedLayer, samples: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each sample: what the quantized layer puts out minus what it should [T, N], and the tokens' weights."""
+        rounds, decoded = RoundInput.of(layer), dequantize(layer)
+        original = self.original.block.get_parameter(f"{name}.weight")
+        for x, y, weight in samples:
+            yield linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight
 
     def _corrected(
         self, layers: Layers, notes: dict[str, Note], found: Mapping[str, Correction]
