@@ -77,10 +77,15 @@ def size(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def rotations(stored: int, setting: Setting) -> int:
+    """How many copies of so many bytes do not fit into the L2 cache together, even without one of them."""
+    return setting.copies_of // stored + 2
+
+
 def rotated(tensors: list[torch.Tensor], setting: Setting) -> list[list[torch.Tensor]]:
     """Copies that do not fit into the L2 cache together."""
-    count = setting.copies_of // size(tensors) + 1
-    return [tensors, *([tensor.clone() for tensor in tensors] for _ in range(count))]
+    count = rotations(size(tensors), setting)
+    return [tensors, *([tensor.clone() for tensor in tensors] for _ in range(count - 1))]
 
 
 def calls(implementation: Runs, prepared: Prepared, copies: list[list[torch.Tensor]], x: torch.Tensor) -> Calls:

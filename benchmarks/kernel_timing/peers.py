@@ -4,14 +4,14 @@ and is checked against the same reference before it is timed.
 """
 
 import contextlib
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, Self
 
 import torch
 from requant_kernels.packing import WORD
@@ -26,6 +26,7 @@ from benchmarks.kernel_timing.shapes import SCHEMES, Shape
 # In the order in which vLLM prefers them on CUDA; the last is for a machine without a GPU.
 VLLM_KERNELS = ("Machete", "Marlin", "Conch", "Exllama", "TritonW4A16", "Humming", "CPUWNA16")
 Forward = Callable[[torch.Tensor], torch.Tensor]
+Make = Callable[[DenseSparseWeight], Forward]
 
 
 class NotHereError(Exception):
@@ -120,33 +121,31 @@ def gemlite(weight: DenseSparseWeight) -> Forward:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A kernel and the scheme of SCHEMES that it is tried on; ``make`` raises NotHereError."""
+class Given:
+    """What every peer is handed for a layer and a scheme of SCHEMES; ``exact``: its weight, fp32 [N, K]."""
 
-    kernel: str
+    shape: Shape
     scheme: str
-    make: Callable[[DenseSparseWeight], Forward]
+    weight: DenseSparseWeight
+    exact: torch.Tensor
 
-    @property
-    def name(self) -> str:
-        return f"{self.kernel} {self.scheme}"
+    @classmethod
+    def of(cls, shape: Shape, scheme: str, setting: Setting) -> Self:
+        weight = layers.random_weight(shape, *SCHEMES[scheme], 0.0, setting)
+        return cls(shape, scheme, weight, layers.exact_weight(weight))
 
-    def cells(self, shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
-        """Raises ArithmeticError where the peer computes something else than the reference."""
-        weight = layers.random_weight(shape, *SCHEMES[self.scheme], 0.0, setting)
-        exact = layers.exact_weight(weight)
-        stored = layers.size([tensor for tensor in (weight.packed, weight.scale) if tensor is not None])
-        copies = [self.make(weight) for _ in range(setting.copies_of // stored + 2)]
+    def cells(self, name: str, make: Make, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
+        """Raises NotHereError from ``make``; ArithmeticError where it computes something else than the reference."""
+        stored = layers.size(list(self.weight.to_tensors().values()))
+        copies = [make(self.weight) for _ in range(layers.rotations(stored, setting))]
         for count in tokens:
-            x = layers.activations(count, shape, setting)
-            error = layers.check(copies[0](x), x, exact)
+            x = layers.activations(count, self.shape, setting)
+            error = layers.check(copies[0](x), x, self.exact)
             calls: Calls = [partial(forward, x) for forward in copies]
-            yield cell(shape, self.name, count, twice(calls, setting), stored, error=error)
+            yield cell(self.shape, f"{name} {self.scheme}", count, twice(calls, setting), stored, error=error)
 
 
-def everything(
-    shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, deadline: float = math.inf
-) -> Iterator[Cell]:
+def everything(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, deadline: float) -> Iterator[Cell]:
     """Cells of every peer on every layer, none begun after ``deadline`` on the monotonic clock. What a peer can not do
     is printed, once for each reason, and the next one goes on."""
     said: set[str] = set()
@@ -157,21 +156,21 @@ def everything(
         said.add(line)
 
     with contextlib.ExitStack() as stack:
-        found = [Peer("gemlite", scheme, gemlite) for scheme in SCHEMES]
+        found: dict[str, Make] = {"gemlite": gemlite}
         try:
             linear = stack.enter_context(vllm_ready(setting))
         except NotHereError as error:
             tell(f"not measured: {error}")
         else:
-            made = {name: partial(vllm_kernel, linear, name) for name in VLLM_KERNELS}
-            found += [Peer(name, scheme, make) for name, make in made.items() for scheme in SCHEMES]
-        for shape in shapes:
-            for peer in found:
+            found |= {name: partial(vllm_kernel, linear, name) for name in VLLM_KERNELS}
+        for shape, scheme in product(shapes, SCHEMES):
+            given = Given.of(shape, scheme, setting)
+            for name, make in found.items():
                 if time.monotonic() > deadline:
                     tell(f"peers of {shape.model} {shape.layer} and later ones: not measured, the time is used up")
                     return
                 try:
-                    yield from peer.cells(shape, tokens, setting)
+                    yield from given.cells(name, make, tokens, setting)
                 except Exception as error:  # another project's failure, of whatever kind, costs its own cells alone
                     reason = str(error).splitlines()[0] if str(error) else repr(error)
-                    tell(f"{peer.name}: not measured: {reason}")
+                    tell(f"{name} {scheme}: not measured: {reason}")

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from requant.aweq.error import relative_weights, weighted_error
 from requant.walk import run_block
 
 TOKENS = 1024  # that decide: two runs of the rest of the model for each choice
@@ -42,13 +43,7 @@ class Ending:
     def error(self, hidden: Sequence[torch.Tensor]) -> float:
         """hidden [B, T, C]: what leaves the block, of the same samples. Returns the mean over all tokens of
         |y' - y|^2 / |y|^2 of the last hidden state, which is what the final norm makes of it."""
-        total, count = 0.0, 0
-        for sample, wanted in zip(hidden, self.wanted, strict=True):
-            squares = wanted.float().square().sum(-1)
-            relative = (self._last(sample) - wanted).float().square().sum(-1) / squares
-            total += float(relative[squares > 0].sum())
-            count += squares.numel()
-        return total / count
+        return weighted_error((self._last(sample) for sample in hidden), self.wanted, relative_weights(self.wanted))
 
     @torch.no_grad()
     def _last(self, hidden: torch.Tensor) -> torch.Tensor:

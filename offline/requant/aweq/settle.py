@@ -5,8 +5,10 @@ put out comes from the unquantized block on the unquantized model's inputs. A co
 layer, and those of layers that share an input that of the whole model's end (ending.py), both on held-out samples.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -98,15 +100,14 @@ class Settler:
             made = {name: layers[name] for name in stage}
             noted = dict.fromkeys(made, Note())
             scheme = schemes[stage[0]]
-            inputs = None
-            if scheme.bias_correction or _is_static(scheme):
-                inputs = self.quantized.inputs(stage[:1])[stage[0]]
-            if inputs and _is_static(scheme):
+            needed = scheme.bias_correction or _is_static(scheme)
+            inputs = self.quantized.inputs(stage[:1])[stage[0]] if needed else []
+            if _is_static(scheme):
                 made, note = self._with_input_steps(made, torch.cat(inputs), torch.cat(weights))
                 noted = dict.fromkeys(made, note)
             for name, layer in made.items():
                 install(self._at_work(name), layer)
-            if inputs and scheme.bias_correction:
+            if scheme.bias_correction:
                 found = self._corrections(made, inputs, wanted[stage[0]], weights)
                 made, noted = self._corrected(made, noted, found)
             settled |= made
@@ -148,29 +149,21 @@ class Settler:
     def _corrections(self, layers: Layers, inputs: Batches, wanted: Batches, weights: Batches) -> dict[str, Correction]:
         """inputs, wanted: what enters the quantized and the original layers."""
         samples = list(zip(inputs, wanted, weights, strict=True))
-        return {
-            name: correction(
-                self._differences(name, layer, computed_from(samples)),
-                self._differences(name, layer, held_out(samples)),
+        found = {}
+        for name, layer in layers.items():
+            original = self.original.block.get_parameter(f"{name}.weight")
+            difference = partial(_difference, rounds=RoundInput.of(layer), decoded=dequantize(layer), original=original)
+            found[name] = correction(
+                starmap(difference, computed_from(samples)), starmap(difference, held_out(samples))
             )
-            for name, layer in layers.items()
-        }
-
-    def _differences(
-        self, name: str, layer: QuantizedLayer, samples: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each sample: what the quantized layer puts out minus what it should [T, N], and the tokens' weights."""
-        rounds, decoded = RoundInput.of(layer), dequantize(layer)
-        original = self.original.block.get_parameter(f"{name}.weight")
-        for x, y, weight in samples:
-            yield linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weight
+        return found
 
     def _corrected(
         self, layers: Layers, notes: dict[str, Note], found: Mapping[str, Correction]
     ) -> tuple[Layers, dict[str, Note]]:
         """``layers``, at work without corrections, with those that help put to work."""
         made, noted = _with_corrections(layers, notes, found)
-        if made is layers:
+        if not any(one.corrected for one in noted.values()):
             return layers, noted
         without = self._end_error()
         before = {name: self._at_work(name).bias for name in made}
@@ -197,6 +190,19 @@ class Settler:
         module = self.quantized.block.get_submodule(name)
         assert isinstance(module, nn.Linear)
         return module
+
+
+def _difference(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    rounds: RoundInput | None,
+    decoded: torch.Tensor,
+    original: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the quantized layer makes of x minus what the original makes of y, [T, N], and the weights of the tokens."""
+    return linear(rounds.round(x) if rounds else x, decoded) - linear(y, original), weights
 
 
 def _is_static(scheme: LayerScheme) -> bool:

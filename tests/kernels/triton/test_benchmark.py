@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[3]
-SCRIPT = ROOT / "benchmarks" / "kernels.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "kernels.py"
 
 
 def measured(tmp_path, *options):
