@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any, Self
 
@@ -29,8 +29,16 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 Make = Callable[[DenseSparseWeight], Forward]
 
 
+tell = cache(print)  # once for each line
+
+
 class NotHereError(Exception):
     """A peer can not take part; the text says why."""
+
+
+def reason(error: Exception) -> str:
+    """One line of it."""
+    return str(error).splitlines()[0] if str(error) else repr(error)
 
 
 @contextlib.contextmanager
@@ -148,13 +156,6 @@ class Given:
 def everything(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, deadline: float) -> Iterator[Cell]:
     """Cells of every peer on every layer, none begun after ``deadline`` on the monotonic clock. What a peer can not do
     is printed, once for each reason, and the next one goes on."""
-    said: set[str] = set()
-
-    def tell(line: str) -> None:
-        if line not in said:
-            print(line)
-        said.add(line)
-
     with contextlib.ExitStack() as stack:
         found: dict[str, Make] = {"gemlite": gemlite}
         try:
@@ -172,5 +173,4 @@ def everything(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting,
                 try:
                     yield from given.cells(name, make, tokens, setting)
                 except Exception as error:  # another project's failure, of whatever kind, costs its own cells alone
-                    reason = str(error).splitlines()[0] if str(error) else repr(error)
-                    tell(f"{name} {scheme}: not measured: {reason}")
+                    tell(f"{name} {scheme}: not measured: {reason(error)}")

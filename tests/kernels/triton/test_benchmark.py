@@ -37,6 +37,7 @@ def test_the_tiny_benchmark_of_int8_layers(tmp_path):
     assert {"cuBLAS", "cuBLAS int8"} | kinds == {cell["kernel"] for cell in cells}
     assert all(cell["error"] < 1e-3 for cell in cells if cell["kernel"] in kinds)
     assert "W8A8 dynamic" in said
+    assert "vLLM cutlass: not measured: " in said or torch.cuda.is_available()
 
 
 def test_peers_multiply_by_our_weights():
