@@ -91,8 +91,8 @@ def cutlass(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[C
     for count in tokens:
         x = layers.activations(count, shape, setting)
         calls: Calls = [partial(call, x, *tensors) for tensors in copies]
-        error = layers.relative_error(calls[0](), reference.w8a8_linear(x.float(), weight))
-        yield cell(shape, "vLLM cutlass", count, twice(calls, setting), layers.size(copies[0]), error=error)
+        wrong = layers.relative_error(calls[0](), reference.w8a8_linear(x.float(), weight))
+        yield cell(shape, "vLLM cutlass", count, twice(calls, setting), layers.size(copies[0]), error=wrong)
 
 
 def everything(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
