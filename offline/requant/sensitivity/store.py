@@ -1,5 +1,6 @@
 """Named fp32 tensors as large as the model, in memory, or memory-mapped in a folder so that they need none."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ import torch
 
 
 class TensorStore(Mapping[str, torch.Tensor]):
-    """fp32 tensors on the CPU by name: in memory where ``folder`` is None, else one file each in ``folder``."""
+    """fp32 tensors on the CPU by name: in memory where ``folder`` is None, else mapped from nameless files there."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -19,12 +20,10 @@ class TensorStore(Mapping[str, torch.Tensor]):
 
     def zeros(self, name: str, shape: torch.Size) -> torch.Tensor:
         """A new tensor, replacing any of that name."""
-        if self._folder is None:
+        if self._folder is None or not shape.numel():
             tensor = torch.zeros(shape)
         else:
-            path = self._folder / f"{name}.f32"
-            path.unlink(missing_ok=True)
-            tensor = torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
+            tensor = _mapped(self._folder / f"{name}.f32", shape.numel()).view(shape)
         self._tensors[name] = tensor
         return tensor
 
@@ -49,6 +48,16 @@ class TensorStore(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _mapped(path: Path, numel: int) -> torch.Tensor:
+    """Zeros, fp32 [numel], whose room on the disk is free again when the tensor goes. Raises OSError where there is
+    none: a mapping that finds the disk full only when it is written to would end the process."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * numel)
+    tensor = torch.from_file(str(path), shared=True, size=numel, dtype=torch.float32)
+    path.unlink()
+    return tensor
 
 
 Stores = Callable[[], TensorStore]  # makes one more

@@ -50,7 +50,6 @@ def test_accumulators_on_disk_give_the_same_integral(
     with offloaded(tmp_path / "new") as stores:
         on_disk = replace(path, stores=stores).gradients(samples[:1], points, second_moment=True)
         assert on_disk.mean.mapped
-        assert list(tmp_path.rglob("*.f32"))
         for name in path.parameters:
             assert torch.equal(elements(path, on_disk, name), elements(path, in_memory, name))
             assert torch.equal(on_disk.square[name], in_memory.square[name])
