@@ -8,21 +8,30 @@ from typing import NamedTuple
 import torch
 
 from requant_kernels.layer import QuantizedLayer
-from requant_kernels.scheme import ActivationScheme
+from requant_kernels.scheme import ActivationScheme, WeightScheme
 from requant_kernels.w8a8.weight import W8A8Weight
 from requant_kernels.weight import DenseSparseWeight
 
 
 def dequantize_dense(weight: DenseSparseWeight) -> torch.Tensor:
     """The dense part, fp32 [N, K]: (code - zero_point) * scale, or codebook[row, code]."""
-    codes = weight.codes()
-    if weight.codebook is not None:
-        return torch.gather(weight.codebook.float(), 1, codes.long())
-    assert weight.scale is not None
-    zeros = weight.zero_points()
-    grouped = codes.float().view(weight.out_features, weight.groups, weight.group_size)
-    offset = weight.scheme.weights.midpoint if zeros is None else zeros.float()[..., None]
-    return ((grouped - offset) * weight.scale.float()[..., None]).view(weight.out_features, weight.in_features)
+    return decode(weight.scheme.weights, weight.codes(), weight.scale, weight.zero_points(), weight.codebook)
+
+
+def decode(
+    scheme: WeightScheme,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    codebook: torch.Tensor | None,
+) -> torch.Tensor:
+    """What ``dequantize_dense`` says, of codes uint8 [N, K] that are not packed; scale, zero_points [N, G]."""
+    if codebook is not None:
+        return torch.gather(codebook.float(), 1, codes.long())
+    assert scale is not None
+    grouped = codes.float().view(*scale.shape, -1)
+    offset = scheme.midpoint if zero_points is None else zero_points.float()[..., None]
+    return ((grouped - offset) * scale.float()[..., None]).view(codes.shape)
 
 
 def dequantize(weight: QuantizedLayer) -> torch.Tensor:

@@ -6,6 +6,7 @@ newer version can never be half-understood.
 
 import re
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, Self
 
 from requant_kernels.errors import SchemeError
@@ -213,12 +214,16 @@ class CheckpointScheme:
 
     def for_layer(self, name: str) -> LayerScheme | None:
         """The scheme of the linear layer ``name``, or None where it is stored unquantized."""
-        if any(re.fullmatch(pattern, name) for pattern in self.ignore):
+        ignored, overridden = self._patterns
+        if any(pattern.fullmatch(name) for pattern in ignored):
             return None
-        for pattern, scheme in self.overrides.items():
-            if re.fullmatch(pattern, name):
-                return scheme
-        return self.scheme
+        return next((scheme for pattern, scheme in overridden if pattern.fullmatch(name)), self.scheme)
+
+    @cached_property
+    def _patterns(self) -> tuple[list[re.Pattern[str]], list[tuple[re.Pattern[str], LayerScheme]]]:
+        """``ignore`` and ``overrides``, compiled once: the cache of ``re`` is smaller than some checkpoints need."""
+        overridden = [(re.compile(pattern), scheme) for pattern, scheme in self.overrides.items()]
+        return [re.compile(pattern) for pattern in self.ignore], overridden
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

@@ -54,11 +54,12 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
 
 
 def fitted(scheme: CheckpointScheme, layers: Mapping[str, LayerScheme]) -> CheckpointScheme:
-    """``scheme`` with the schemes that ``layers``, all that it quantizes, really have: the commonest as the default."""
+    """``scheme`` with the schemes that ``layers``, all that it quantizes, really have: the commonest as the default,
+    one pattern for each of the others, because every lookup of a layer tries all patterns."""
     counts = Counter(layers.values())
     default = max(counts, key=counts.__getitem__)
-    overrides = {re.escape(name): one for name, one in layers.items() if one != default}
-    return replace(scheme, scheme=default, overrides=overrides)
+    others = {one: [re.escape(name) for name in layers if layers[name] == one] for one in counts if one != default}
+    return replace(scheme, scheme=default, overrides={"|".join(names): one for one, names in others.items()})
 
 
 def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:

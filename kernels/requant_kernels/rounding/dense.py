@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from requant_kernels.reference import dequantize_dense
+from requant_kernels.reference import decode
 from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 from requant_kernels.w8a8.weight import W8A8Weight
@@ -42,7 +42,7 @@ class QuantizedDense:
 
     def dequantize(self) -> torch.Tensor:
         """fp32 [N, K], by the reference."""
-        return dequantize_dense(self.pack())
+        return decode(self.scheme, self.codes, self.scale, self.zero_points, self.codebook)
 
 
 def attach_residual(
