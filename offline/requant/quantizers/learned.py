@@ -33,7 +33,8 @@ class LearnedRounding(nn.Module):
         excluded: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.scheme, self.dtype, self.excluded, self.low, self.high = scheme, dtype, excluded, low, high
+        self.scheme, self.dtype, self.excluded = scheme, dtype, excluded
+        self.low, self.high = low.clamp(max=0), high.clamp(min=0)  # zero is in every range, as in Grid.spanning
         kept = anchor if excluded is None else anchor.masked_fill(excluded, 0)
         self.kept = kept.reshape(*low.shape, -1)
         self.low_factor = nn.Parameter(torch.ones_like(low))
@@ -54,7 +55,7 @@ class LearnedRounding(nn.Module):
     def _grid(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(scale, zero), [N, G, 1]; the differentiable twin of Grid.spanning."""
         low, high, top = self.low * self.low_factor, self.high * self.high_factor, self.scheme.levels - 1
-        step = torch.maximum(high, -low) * (2 / top) if self.scheme.symmetric else (high - low) / top
+        step = torch.maximum(high, -low) * (2 / top) if self.scheme.symmetric else high / top - low / top
         scale = through(lambda s: storable_scale(s, self.dtype).float(), step)[..., None]
         if self.scheme.symmetric:
             return scale, torch.full_like(scale, self.scheme.midpoint)
