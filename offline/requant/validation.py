@@ -96,12 +96,15 @@ def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]
             known.add(f"{layer}.{name}")
             yield from _tensor(stored, f"{layer}.{name}", shapes.get(name), expected.dtype)
     for name, shape in expected.others.items():
-        yield from _tensor(stored, name, shape, expected.dtype)
+        yield from _tensor(stored, name, shape, expected.dtype, exact=True)
     for name in sorted(stored.tensors.keys() - known):
         yield Defect(stored.tensors[name].file, f"{name}: not expected in this model")
 
 
-def _tensor(stored: StoredCheckpoint, name: str, shape: tuple[int, ...] | None, dtype: str) -> Iterator[Defect]:
+def _tensor(
+    stored: StoredCheckpoint, name: str, shape: tuple[int, ...] | None, dtype: str, *, exact: bool = False
+) -> Iterator[Defect]:
+    """``dtype``: of a floating-point tensor; with ``exact`` of any."""
     found = stored.tensors.get(name)
     if found is None:
         if not stored.defects:  # else it may lie in a file that could not be read
@@ -111,7 +114,7 @@ def _tensor(stored: StoredCheckpoint, name: str, shape: tuple[int, ...] | None, 
         yield Defect(found.file, f"{name}: shape {list(found.shape)}, expected one dimension")
     elif shape is not None and found.shape != shape:
         yield Defect(found.file, f"{name}: shape {list(found.shape)}, but {list(shape)} by config.json")
-    if found.dtype in _FLOATS and found.dtype != dtype:
+    if found.dtype != dtype and (exact or found.dtype in _FLOATS):
         yield Defect(found.file, f"{name}: dtype {found.dtype}, but {dtype} by config.json")
 
 

@@ -202,6 +202,10 @@ DEFECTS = {
         rf"{SHARD}: {DOWN}.weight_packed: shape \[64, 16\], but \[64, 32\] by config.json",
     ),
     "more blocks": (edit_config(num_hidden_layers=3), rf"{INDEX}: model\.layers\.2\..*: missing"),
+    "a norm of integers": (
+        edit_tensor("model.norm.weight", lambda weight: weight.to(torch.int32)),
+        rf"{SHARD}: model.norm.weight: dtype I32, but BF16 by config.json",
+    ),
     "a nonsensical width": (edit_config(hidden_size="wide"), r"config\.json: .*hidden_size"),
     "an unknown architecture": (edit_config(model_type="gpt2"), r"config\.json: architecture 'gpt2' is not supported"),
     "another dtype": (edit_config(dtype="int8"), r"config\.json: dtype: 'int8' is not one of"),
