@@ -10,6 +10,7 @@ import yaml
 from requant_kernels.scheme import W8A8_WEIGHTS, LayerScheme, SparseScheme, WeightScheme
 
 from requant.aweq.settings import Activations, Equalization
+from requant.detach.outliers import MOST
 from requant.errors import InputError
 from requant.settings import (
     ADDITIVE,
@@ -87,6 +88,8 @@ class Recipe:
                 raise InputError(
                     f"recipe: {name} {share:.2%} is outside 0 % to {MAX_OUTLIERS:.0%} (half a percent is '0.5%')"
                 )
+        if self.selection.rule == "adaptive" and self.outliers > MOST:
+            raise InputError(f"recipe: rule 'adaptive' gives no matrix more than {MOST:.0%} outliers")
         if self.weights.codebook != (self.base in CODEBOOK):
             needed = str(self.base in CODEBOOK).lower()
             raise InputError(f"recipe: base {self.base!r} needs weights.codebook {needed}")
@@ -111,6 +114,8 @@ class Recipe:
             raise InputError(f"recipe: bias_correction {self.bias_correction!r} is not true or false")
         if self.equalization.wanted and self.base in EQUALIZED:
             raise InputError(f"recipe: base {self.base!r} equalizes by itself; leave equalization out")
+        if self.equalization.wanted and self.base in CODEBOOK:
+            raise InputError(f"recipe: equalization is for uniform steps, not for the codebooks of base {self.base!r}")
         if self.settled and self.base in TRAINED:
             raise InputError(f"recipe: base {self.base!r} is trained without rounded inputs and bias correction")
         if self.settled and (self.distillation.steps or self.selection.restore):
@@ -129,6 +134,11 @@ class Recipe:
     def settled(self) -> bool:
         """Whether any layer has its input rounded or its bias corrected, after its weights are what they will be."""
         return self.bias_correction or any(scheme.activations for scheme in self.all_schemes)
+
+    @property
+    def restores(self) -> bool:
+        """Whether significant weights get their value back when all else is done."""
+        return self.selection.restore and self.significant > 0
 
     @property
     def layer_scheme(self) -> LayerScheme:

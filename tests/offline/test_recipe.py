@@ -32,6 +32,11 @@ def test_a_file_is_a_recipe_too(tmp_path):
         ("weights: {bits: 4}\noutliers: many", "'many' is not a ratio such as"),
         ("weights: {bits: 4}\nignore: ['(']", "ignore '.' is not a regular expression"),
         ("weights: {bits: 4}\nignore: lm_head", "ignore 'lm_head' is not a list"),
+        ("weights: {bits: 4}\noutliers: 6%\nselection: {rule: adaptive}", "gives no matrix more than 5% outliers"),
+        (
+            "weights: {bits: 4, codebook: true}\nbase: kmeans\nequalization: {range: minmax}",
+            "equalization is for uniform steps, not for the codebooks of base 'kmeans'",
+        ),
         ("weights: {bits: 4}\nseed: x", "seed 'x' is not an integer"),
         ("weights: {bits: 4", "not YAML"),
     ],

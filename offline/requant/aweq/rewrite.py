@@ -62,7 +62,7 @@ class Rewriter:
             producer.div_(scale[:, None])
         bias = dict(block.named_parameters()).get(f"{pair.producer}.bias")
         if bias is not None:
-            bias.detach().div_(scale)
+            bias.detach().copy_((bias.detach() / scale).to(self.dtype))  # as it is stored
         columns = self.columns(block, pair, scale)
         for name in pair.consumers:
             _weight(block, name).mul_(columns)

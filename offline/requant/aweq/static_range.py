@@ -61,7 +61,8 @@ def _best_shrink(x: torch.Tensor, low: float, high: float, weights: torch.Tensor
 
 @dataclass(frozen=True)
 class _Magnitudes:
-    """Weighed sums of |x|^0, |x|^1, |x|^2 over the values of one sign, by ascending magnitude: float64 [3, bins + 1].
+    """Weighed sums of |x|^0, |x|^1, |x|^2 over the values of one sign, by ascending magnitude: float64 [3, bins + 1],
+    on the CPU.
 
     A bin holds the values with the same first 16 bits, whose magnitudes differ by less than 1 %.
     """
@@ -76,7 +77,9 @@ class _Magnitudes:
         bins = (values.flatten().view(torch.int32) >> 16) & 0xFFFF
         weight = (torch.ones_like(values) if weights is None else weights.expand_as(values)).flatten().double()
         magnitude = values.flatten().abs().double()
-        sums = torch.stack([torch.bincount(bins, weight * magnitude**power, minlength=1 << 16) for power in range(3)])
+        sums = torch.stack(
+            [torch.bincount(bins, weight * magnitude**power, minlength=1 << 16).cpu() for power in range(3)]
+        )
         # the first half of the bins has the sign bit clear; infinities and NaN would follow after 0x7F80
         edges = (torch.arange(1 << 15, dtype=torch.int32) << 16).view(torch.float32).double()[:0x7F80]
         positive, negative = sums.view(3, 2, 1 << 15)[:, :, :0x7F80].unbind(1)

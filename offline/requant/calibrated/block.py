@@ -42,7 +42,7 @@ class Block:
 @dataclass(frozen=True)
 class BlockRounding:
     """How the layers of any block are rounded. Entries in ``masks`` bool [N, K] stay exact; ``importance``: the Fisher
-    diagonal, fp32 [N, K], where the base asks for it; both by full name."""
+    diagonal, fp32 [N, K], where the base asks for it; both by full name, on the CPU."""
 
     subject: Subject
     masks: Masks
@@ -64,8 +64,8 @@ class BlockRounding:
                     self.subject.schemes[name].weights,
                     self.subject.dtype,
                     statistics.get(name),
-                    self.masks.get(name),
-                    self.importance.get(name),
+                    self._at_work(self.masks, name),
+                    self._at_work(self.importance, name),
                 ),
                 name in found,
             )
@@ -96,7 +96,10 @@ class BlockRounding:
             block.module.get_parameter(name).copy_(tensor)
         return {
             name: kept.rebuilt(
-                parts[name], self.subject.schemes[name].weights, self.subject.dtype, self.masks.get(name)
+                parts[name],
+                self.subject.schemes[name].weights,
+                self.subject.dtype,
+                self._at_work(self.masks, name),
             )
             for name in block.linears
         }
@@ -107,8 +110,13 @@ class BlockRounding:
         if self.subject.schemes[name].activations:
             return dense.pack_w8a8(self.subject.schemes[name])
         if name in self.masks:
-            return attach_residual(target, dense, self.masks[name], self.subject.dtype)
+            return attach_residual(target, dense, self.masks[name].to(target.device), self.subject.dtype)
         return dense.pack()
+
+    def _at_work(self, tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor | None:
+        """That of ``name``, where the network is."""
+        found = tensors.get(name)
+        return None if found is None else found.to(self.subject.network.device)
 
     def _rounding(self, name: str, task: Task, reached: bool) -> Rounding:
         if self.subject.recipe.activations_of(name).per_tensor:
@@ -135,6 +143,8 @@ class BlockRounding:
         rewriter = Rewriter.of(subject.network.config, subject.architecture, subject.dtype)
         for pair in rewriter.pairs:
             names = [f"{block.prefix}.{consumer}" for consumer in pair.consumers]
+            if pair.through != "norm" and f"{block.prefix}.{pair.producer}" not in subject.schemes:
+                continue  # a layer that stays as it was is not scaled either
             weights = [subject.network.get_submodule(name).weight for name in names]
             rows = block.module.get_parameter(f"{pair.producer}.weight").shape[0]
             # AWQ leaves out value heads that several query heads share, and so does this
@@ -145,7 +155,7 @@ class BlockRounding:
                 statistics[names[0]],
                 subject.schemes[names[0]].weights,
                 dtype=subject.dtype,
-                excluded=[self.masks.get(name) for name in names],
+                excluded=[self._at_work(self.masks, name) for name in names],
             )
             rewriter.apply(block.module, pair, scale)
             for name in names:

@@ -64,7 +64,10 @@ def restore(subject: Subject, roundings: dict[str, Rounding], masks: Masks, samp
     recipe = subject.recipe
     made = {name: rounding.quantized() for name, rounding in roundings.items()}
     path = subject.path(rounded=False)
-    path = replace(path, end={name: roundings[name]().detach().clone() for name in path.start})
+    end = subject.stores()
+    for name in path.start:
+        end.copy(name, roundings[name]().detach())
+    path = replace(path, end=end)
     numel = sum(weight.numel() for weight in path.start.values())
     found = significant.select(
         path,
@@ -80,5 +83,7 @@ def restore(subject: Subject, roundings: dict[str, Rounding], masks: Masks, samp
         dense, target = made[name]
         restored = mask_of(index, target.shape)
         masks[name] = masks[name] | restored if name in masks else restored
-        roundings[name] = FixedRounding(dense, torch.where(restored, path.start[name], target), masks[name])
+        at = target.device
+        target = torch.where(restored.to(at), path.start[name].to(at), target)
+        roundings[name] = FixedRounding(dense, target, masks[name].to(at))
     return found.completeness

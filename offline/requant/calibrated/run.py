@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
+from torch.nn.utils import parametrize
 
 from requant import models
 from requant.aweq.bias_correction import held_out
@@ -93,7 +94,7 @@ class CalibratedRun:
         steps = Steps(recipe, subject.architecture, subject.schemes, subject.network.config, subject.dtype)
         roundings, settled, unreached = self._blocks(samples, rounding, steps)
         divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
-        if recipe.selection.restore and recipe.significant:
+        if recipe.restores:
             integrals = integrals + entries.restore(subject, roundings, masks, samples)
         layers = settled | {name: rounding.stored(name, one) for name, one in roundings.items()}
         return Calibrated(windows, layers, integrals, divergences, steps.report(), unreached)
@@ -140,9 +141,12 @@ class CalibratedRun:
             tensors, facts = self.stages.kept(prefix, partial(rounding.trained, block, pairs))
             unreached += facts["unreached"]
             made = rounding.put_back(block, tensors)
-            with trainable(linears, made):
+            with trainable(linears, made), parametrize.cached():  # a layer is decoded once, not for every sample
                 inputs = [block.run(hidden) for hidden in inputs]
-            roundings |= made
+            if subject.recipe.distillation.steps or subject.recipe.restores:
+                roundings |= made
+            else:
+                settled |= {name: rounding.stored(name, one).to("cpu") for name, one in made.items()}
         return roundings, settled, unreached
 
     def _distilled(self, roundings: dict[str, Rounding], samples: Pairs) -> list[float]:

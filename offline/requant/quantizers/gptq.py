@@ -28,17 +28,18 @@ def quantize(
     is not positive definite.
     """
     rows, columns = weight.shape
-    order = second_moment.diagonal().argsort(descending=True) if act_order else torch.arange(columns)
+    device = weight.device
+    order = second_moment.diagonal().argsort(descending=True) if act_order else torch.arange(columns, device=device)
     inverse = _inverse_factor(second_moment[order][:, order], damping)
     left = weight[:, order].clone()
     columns_of_grid = grid.columns(order, columns // grid.scheme.groups(columns))
     free = torch.zeros_like(weight, dtype=torch.bool) if excluded is None else excluded[:, order]
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=device)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        errors = torch.zeros(rows, stop - start)
+        errors = torch.zeros(rows, stop - start, device=device)
         for j in range(start, stop):
-            column, one = left[:, j : j + 1], torch.tensor([j])
+            column, one = left[:, j : j + 1], torch.tensor([j], device=device)
             at = columns_of_grid.columns(one, 1)
             codes[:, j : j + 1] = at.codes(column.masked_fill(free[:, j : j + 1], 0))
             rounding = (column - at.values(codes[:, j : j + 1])).masked_fill(free[:, j : j + 1], 0)
@@ -54,7 +55,7 @@ def _inverse_factor(second_moment: torch.Tensor, damping: float) -> torch.Tensor
     """Upper U with U^T U = (H + damping mean(diag H) I)^-1, in float64 for the sake of nearly singular moments."""
     damped = second_moment.double()
     diagonal = damped.diagonal()
-    damped = damped + torch.eye(len(damped)) * (damping * diagonal.mean())
+    damped = damped + torch.eye(len(damped), device=damped.device) * (damping * diagonal.mean())
     # an input channel that is always zero puts no demand on its column
     dead = diagonal == 0
     damped[dead, dead] = damped.diagonal().max().clamp(min=1)

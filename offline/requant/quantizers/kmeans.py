@@ -69,7 +69,7 @@ def _spaced(values: torch.Tensor, mass: torch.Tensor, count: int, power: float) 
     """Levels at the centres of ``count`` equal shares of density^power along each sorted row [N, K]."""
     gaps = torch.nn.functional.pad(values.diff(dim=1), (0, 1))
     measure = _prefix(mass.pow(power) * gaps.pow(1 - power))[:, 1:].contiguous()
-    shares = (torch.arange(count, dtype=values.dtype) + 0.5) / count * measure[:, -1:]
+    shares = (torch.arange(count, dtype=values.dtype, device=values.device) + 0.5) / count * measure[:, -1:]
     index = torch.searchsorted(measure, shares).clamp(max=values.shape[1] - 1)
     return values.gather(1, index)
 

@@ -39,8 +39,8 @@ class Completeness:
 
     @property
     def error(self) -> float:
-        """Relative, signed."""
-        return (self.integral - self.measured) / self.measured
+        """Relative, signed; 0 where nothing changes, as with a model that lies on the grid already."""
+        return (self.integral - self.measured) / (self.measured or self.integral or 1.0)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Path:
         part = self._accumulator() if second_moment else mean
         scale = 1.0 if second_moment else 1 / len(samples)
         passes, accumulators = len(samples) * len(points), [mean, square, part] if second_moment else [mean]
-        cost = estimate(lambda: self.loss(samples[0]), self.blocks, passes, accumulators)
+        # float() waits for a GPU to be done
+        cost = estimate(lambda: float(self.loss(samples[0])), self.blocks, passes, accumulators)
         say(f"path integral: {passes} passes, {cost}")
         groups = [[sample] for sample in samples] if second_moment else [samples]
         steps = [(group, t, weight) for group in groups for t, weight in points]

