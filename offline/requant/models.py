@@ -46,7 +46,6 @@ class Architecture:
     pairs: tuple[Pair, ...] = ()
     norm_offset: float = 0.0
     embeddings: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
     head: str = OUTPUT_HEAD
     # vLLM hands a quantization to the output heads of these: a tied one needs it for the embeddings as well
     quantizable_heads: tuple[Literal["tied", "untied"], ...] = ("tied", "untied")
@@ -110,7 +109,6 @@ OPT = Architecture(
         Pair("fc1", ("fc2",), "rows", (("activation_function", "relu"),)),
     ),
     embeddings="model.decoder.embed_tokens",
-    final_norm="model.decoder.final_layer_norm",
     quantizable_heads=(),
 )
 

@@ -20,7 +20,8 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     Keys are the names of options; those that were not given are absent. Raises InputError, SchemeError.
     """
     method = given.get("method", "requant" if "target_bits" in given else "rtn")
-    bits = given.get("bits", max(2, int(given.get("target_bits", BITS))))
+    target = given.get("target_bits", BITS)
+    bits = given.get("bits", max(2, int(target)) if target < 16 else BITS)  # what is out of range, the recipe refuses
     preset = (None if method == "requant" else aweq.preset(given)) or _preset(method, bits)
     recipe = load_recipe(given.get("recipe", preset))
     base = given.get("base", recipe.base)

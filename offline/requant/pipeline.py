@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from requant_kernels.rounding.layer import round_layer
 from requant_kernels.scheme import CheckpointScheme, LayerScheme
 from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from requant import models, output_head, sources
 from requant.aweq import int8
@@ -56,8 +57,11 @@ def run(
     if resume and recipe.settled:
         raise InputError("--resume: not with activations or bias_correction, whose blocks are not kept; leave it out")
     source = sources.resolve(model)
-    scheme = plan(sources.read_config(source), recipe, producer())
+    config = sources.read_config(source)
+    scheme = plan(config, recipe, producer())
+    windows = _windows(source, config, recipe) if recipe.calibrated else None
     with staged(out, overwrite=overwrite, source=source.path) as folder:
+        sources.write_sidecars(source, folder)  # first: what is wrong with a tokenizer is said before hours of work
         torch.manual_seed(recipe.seed)
         network = sources.load(source)
         original_bytes = sum(parameter.nbytes for parameter in network.parameters())
@@ -65,9 +69,11 @@ def run(
         architecture = models.ARCHITECTURES[network.config.model_type]
         kept = folder_of(out) if resume else None
         calibrated = None
-        if recipe.calibrated:
+        if windows:
             with offloaded(offload_folder) as stores:
-                calibrated = _calibrate(network, source, scheme, recipe, device, kept=kept, stores=stores)
+                subject = _subject(network, scheme, recipe, stores)
+                stages = Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages()
+                calibrated = _calibrate(CalibratedRun(subject, stages), windows, device, source.name)
         layers = calibrated.layers if calibrated else {}
         if layers:
             chosen = {name: layer.scheme for name, layer in layers.items()}
@@ -173,34 +179,36 @@ def relative_error(weight: torch.Tensor, stored: QuantizedLayer) -> float:
     return float((target - decoded.to(target.device)).norm()) / norm if norm else 0.0
 
 
-def _calibrate(
-    network: PreTrainedModel,
-    source: sources.Source,
-    scheme: CheckpointScheme,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    kept: Path | None,
-    stores: Stores,
-) -> Calibrated:
-    """Computes in fp32; the norms of ``network`` may come back rewritten, in numbers that its own dtype can hold."""
-    context = network.config.max_position_embeddings
+def _windows(source: sources.Source, config: PreTrainedConfig, recipe: Recipe) -> Windows:
+    context = config.max_position_embeddings
     if recipe.calibration.seqlen > context:
         raise InputError(f"calibration: seqlen {recipe.calibration.seqlen} exceeds the model's context of {context}")
-    windows = read_windows(recipe.calibration, source.tokenizer(), recipe.seed)
-    architecture, dtype = models.ARCHITECTURES[network.config.model_type], network.dtype
+    return read_windows(recipe.calibration, source.tokenizer(), recipe.seed)
+
+
+def _subject(network: PreTrainedModel, scheme: CheckpointScheme, recipe: Recipe, stores: Stores) -> Subject:
+    architecture = models.ARCHITECTURES[network.config.model_type]
     for name, parameter in network.named_parameters():
         _checked(name, parameter.detach())
     schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}
     wanted = {name: chosen for name, chosen in schemes.items() if chosen}
-    subject = Subject(network.to(device, torch.float32), architecture, wanted, recipe, dtype, stores)
-    stages = Stages.opened(kept, _fingerprint(source, windows, recipe, device)) if kept else Stages()
+    return Subject(network, architecture, wanted, recipe, network.dtype, stores)
+
+
+def _calibrate(run: CalibratedRun, windows: Windows, device: torch.device, name: str) -> Calibrated:
+    """Computes in fp32 on ``device``; the norms of the model, called ``name``, may come back rewritten, in numbers that
+    its own dtype can hold."""
+    network = run.subject.network
     try:
-        return CalibratedRun(subject, stages).quantize(windows)
+        network.to(device, torch.float32)
+        return run.quantize(windows)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(".")[0]
+        raise InputError(f"{name}: in fp32 it does not fit on the device ({reason}); use --device cpu") from None
     except ValueError as error:
-        raise InputError(f"{source.name}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     finally:
-        network.to("cpu", dtype)
+        network.to("cpu", run.subject.dtype)
 
 
 def _fingerprint(source: sources.Source, windows: Windows, recipe: Recipe, device: torch.device) -> dict[str, str]:
@@ -209,6 +217,7 @@ def _fingerprint(source: sources.Source, windows: Windows, recipe: Recipe, devic
     return {
         "the model's files": digest(files),
         "the calibration text": windows.sha256,
+        "its tokens": sha256(torch.cat(windows.ids).numpy().tobytes()).hexdigest(),
         "the recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         "versions and device": json.dumps(producer() | {"device": device.type}, sort_keys=True),
     }
@@ -233,6 +242,5 @@ def _write_metadata(
     config["architectures"] = config.get("architectures") or [type(network).__name__]  # a GGUF names none
     config |= {"dtype": str(network.dtype).removeprefix("torch."), "quantization_config": scheme.to_dict()}
     write_json(folder / "config.json", config)
-    sources.write_sidecars(source, folder)
     write_json(folder / REPORT_FILE, report.to_dict())
     (folder / "README.md").write_text(model_card(report, source), encoding="utf-8")

@@ -31,7 +31,7 @@ class Stages:
         differs from the earlier run."""
         path, said = folder / _FINGERPRINT, json.loads(json.dumps(fingerprint))
         if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
+            earlier = _read_fingerprint(path)
             if changed := sorted(key for key in {*said, *earlier} if said.get(key) != earlier.get(key)):
                 raise InputError(
                     f"--resume: {', '.join(changed)} differ from those of the interrupted run; go back to them, or "
@@ -39,7 +39,9 @@ class Stages:
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(said), encoding="utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(said), encoding="utf-8")
+            os.replace(partial, path)
         return cls(folder)
 
     def kept(self, name: str, make: Callable[[], Result]) -> Result:
@@ -55,9 +57,21 @@ class Stages:
         copies = {
             key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
         }
-        save_file(copies, partial, {"facts": json.dumps(facts)})
+        try:
+            save_file(copies, partial, {"facts": json.dumps(facts)})
+        except SafetensorError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"{self._folder}: can not be written ({error})") from None
         os.replace(partial, path)
         return tensors, facts
+
+
+def _read_fingerprint(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable ({error}); remove {path.parent} to start anew") from None
+    return dict(found)
 
 
 def _read(path: Path) -> Result:

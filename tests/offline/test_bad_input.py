@@ -157,6 +157,13 @@ def test_out_inside_the_model(refused, llama):
     assert "overlaps the model itself" in refused("quantize", llama, "-o", llama, "--overwrite")
 
 
+def test_calibration_text_is_read_before_the_model(refused, micro_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("requant.sources.load", lambda *_: pytest.fail("the model is loaded"))
+    start = ("quantize", micro_llama, "-o", tmp_path / "out", "--base", "gptq")
+    assert "absent.txt" in refused(*start, "--calibration", tmp_path / "absent.txt")
+    assert "exceeds the model's context of" in refused(*start, "--seqlen", 10**6)
+
+
 def test_a_pattern_that_matches_nothing(refused, llama, tmp_path):
     line = refused("quantize", llama, "-o", tmp_path / "out", "--ignore", "down_proj")
     assert line.startswith("ignore 'down_proj': matches no linear layer (one is named model.layers.0.self_attn.q_proj")

@@ -3,17 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import models
+from requant import api, models
 from requant.calibrated.run import CalibratedRun
 from requant.calibrated.subject import Subject
 from requant.calibration import Windows
+from requant.errors import InputError
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
 from requant.sensitivity.criteria import CRITERIA
 from requant.settings import BASES as NAMES
-from requant.settings import SENSITIVITIES, Distillation, Selection, Training
+from requant.settings import SENSITIVITIES, Calibration, Distillation, Selection, Training
 from requant_kernels.reference import dequantize
 from requant_kernels.scheme import WeightScheme
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.offline.sensitivity.conftest import causal_lm
@@ -108,6 +110,25 @@ def test_awq_changes_the_model_but_not_its_function(micro_llama: Path, model: nn
         torch.testing.assert_close(
             model(windows(1).ids[0]).logits, original(windows(1).ids[0]).logits, atol=1e-4, rtol=1e-4
         )
+
+
+def test_awq_leaves_layers_alone_that_stay_as_they_were(micro_llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe(UNIFORM, "awq", ignore=(".*(gate|up)_proj",), calibration=Calibration(samples=2, seqlen=48))
+    api.quantize(micro_llama, tmp_path / "out", recipe)
+    before, after = load_file(micro_llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(after[name], before[name])
+
+
+def test_a_model_that_does_not_fit_is_one_line(micro_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(CalibratedRun, "quantize", full)
+    recipe = Recipe(UNIFORM, "gptq", calibration=Calibration(samples=2, seqlen=48))
+    with pytest.raises(InputError, match=r"does not fit on the device \(CUDA out of memory\); use --device cpu"):
+        api.quantize(micro_llama, tmp_path / "out", recipe)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])

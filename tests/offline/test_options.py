@@ -67,5 +67,6 @@ def test_target_bits_start_from_the_preset_below_them():
     assert recipe_of({"target_bits": 1.9, "mixed": True}).weights.bits == 2
     with pytest.raises(InputError, match="mixed needs target_bits"):
         recipe_of({"mixed": True})
-    with pytest.raises(InputError, match=r"target_bits 0\.5 is not a number from 1 to 16"):
-        recipe_of({"target_bits": 0.5})
+    for bits in (0.5, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=rf"target_bits {bits} is not a number from 1 to 16"):
+            recipe_of({"target_bits": bits})

@@ -1,6 +1,7 @@
 """--resume: an interrupted run continues and ends in the same bytes; one of something else is refused by name."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from requant.calibrated import block as rounding
 from requant.errors import InputError
 from requant.recipe import Recipe
 from requant.settings import Calibration, Distillation, Selection, Training
+from requant.sources import Source
 from requant.stages import Stages
 from requant_kernels.scheme import WeightScheme
 
@@ -52,7 +54,11 @@ def test_an_interrupted_run_ends_in_the_same_bytes(base, target, micro_llama, tm
     assert not list((tmp_path / "scratch").iterdir())
 
 
-@pytest.mark.parametrize("changed", ["recipe", "text"])
+def shifted(tokenizer, text, **options):
+    return tokenizer(text[1:], **options)
+
+
+@pytest.mark.parametrize("changed", ["recipe", "text", "tokens"])
 def test_another_run_is_refused_by_name(changed, micro_llama, persuasion, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -62,13 +68,25 @@ def test_another_run_is_refused_by_name(changed, micro_llama, persuasion, tmp_pa
         patch.setattr(rounding, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             api.quantize(micro_llama, tmp_path / "out", recipe, resume=True)
-    other = replace(recipe, seed=1)
+    other = replace(recipe, seed=1)  # which draws other windows
+    named = "its tokens, the recipe"
     if changed == "text":
         other = replace(recipe, calibration=Calibration(str(persuasion), 4, 48))
-    named = "the calibration text, the recipe" if changed == "text" else "the recipe"
+        named = "its tokens, the calibration text, the recipe"
+    if changed == "tokens":
+        other, named = recipe, "its tokens"
+        tokenizer = Source.tokenizer
+        monkeypatch.setattr(Source, "tokenizer", lambda source: partial(shifted, tokenizer(source)))
     with pytest.raises(InputError, match=f"--resume: {named} differ from those of the interrupted run"):
         api.quantize(micro_llama, tmp_path / "out", other, resume=True)
     api.quantize(micro_llama, tmp_path / "out", other)  # without the option nothing is in its way
+
+
+def test_a_fingerprint_that_can_not_be_read_is_named(tmp_path):
+    Stages.opened(tmp_path / "kept", {"the model's files": "1"})
+    (tmp_path / "kept" / "fingerprint.json").write_text("{")
+    with pytest.raises(InputError, match=r"fingerprint\.json: not readable .*; remove .*kept to start anew"):
+        Stages.opened(tmp_path / "kept", {"the model's files": "1"})
 
 
 def test_a_stage_that_can_not_be_read_is_named(tmp_path):
