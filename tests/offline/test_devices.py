@@ -8,7 +8,7 @@ from requant.recipe import Recipe
 from requant.settings import Calibration, Distillation, Selection, Training
 from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
 
-from tests.offline.pretend_cuda import CUDA, pretend_cuda
+from tests.pretend_cuda import CUDA, pretend_cuda
 
 FEW = {"calibration": Calibration(samples=4, seqlen=32), "training": Training(steps=2, batch=2)}
 GROUPS, CODEBOOK = WeightScheme(3, 32, symmetric=False), WeightScheme(3, codebook=True)
