@@ -69,6 +69,14 @@ def test_the_device_decides_nothing_but_where(recipe, small, tmp_path):
     assert float((found - expected).norm() / expected.norm()) < 0.01  # sums may be taken in another order
 
 
+def test_experts_too(tiny, tmp_path):
+    model = tiny("qwen3_moe", num_hidden_layers=1, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=32)
+    recipe = Recipe(GROUPS, "learned", significant=0.01, selection=ONCE, **FEW)
+    with pretend_cuda():
+        api.quantize(model, tmp_path / "cuda", recipe, device="cuda")
+    assert api.check(tmp_path / "cuda") == []
+
+
 def test_a_checkpoint_is_evaluated_there(quantized):
     with pretend_cuda(), torch.no_grad():
         there = api.load_quantized(quantized).to(CUDA)(torch.arange(1, 25, device=CUDA)[None]).logits
