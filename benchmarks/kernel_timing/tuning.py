@@ -37,7 +37,8 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
     """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel from 16 on."""
     if up_to <= 32:
         shared = [(strips, k_warps, max(4, k_warps), 2) for strips, k_warps in product((1, 2, 4), (2, 4, 8))]
-        for (strips, k_warps, warps, least), stages, waves in product([*shared, (8, 1, 8, 1)], (3, 4), (1, 2)):
+        alone = [(4, 1, 4, 2), (8, 1, 8, 1)]  # a warp for each strip
+        for (strips, k_warps, warps, least), stages, waves in product([*shared, *alone], (3, 4), (1, 2)):
             yield Tile("few", up_to, up_to, strips, warps, stages, least * waves * processors, k_warps)
     if up_to >= 16:
         for tokens, (strips, warps), stages, waves in product(
