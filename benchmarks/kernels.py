@@ -115,7 +115,7 @@ def main() -> int:
     import torch
 
     gpu = torch.cuda.is_available()
-    if not gpu and not options.tiny:
+    if not gpu and (options.tune or not options.tiny):
         print("no CUDA device: only --tiny runs here")
         return 1
     if not gpu:
