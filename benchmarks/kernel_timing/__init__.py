@@ -1,1 +1,1 @@
-"""Parts of ``benchmarks/kernels.py``: shapes, layers, clocks, tables, tuning. Needs torch and triton >= 3.6 only."""
+"""Parts of ``benchmarks/kernels.py``: what is measured, how, and what becomes of it. Needs torch and triton >= 3.6."""

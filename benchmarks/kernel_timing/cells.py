@@ -72,6 +72,14 @@ def quantized(shape: Shape, scheme: str, density: float, tokens: Sequence[int], 
         yield cell(shape, scheme, count, micros, layers.size(copies[0]), density=density, error=error)
 
 
+def run_once(shape: Shape, scheme: str, density: float, tokens: Sequence[int], setting: Setting) -> None:
+    """Runs what ``quantized`` measures once, so that it is compiled."""
+    prepared = layers.prepare(
+        setting.implementation, layers.random_weight(shape, *SCHEMES[scheme], density, setting), setting
+    )
+    layers.run_once(setting.implementation, prepared, shape, tokens, setting)
+
+
 def separate_sparse(shape: Shape, density: float, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
     """The sparse part alone, by the vendor's CSR product: what a second launch would add."""
     dtype = setting.dtype if setting.device.type == "cuda" else torch.float32  # CPUs know no other CSR product

@@ -1,10 +1,11 @@
 """W8A8 layers: each way of rounding inputs, checked first, beside the vendor's and vLLM's int8 products."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from requant_kernels import reference
+from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme
 from requant_kernels.w8a8.interface import LayerConfig
 from requant_kernels.w8a8.triton.implementation import Triton
@@ -15,7 +16,7 @@ from benchmarks.kernel_timing import layers
 from benchmarks.kernel_timing.cells import Cell, cell, twice
 from benchmarks.kernel_timing.clock import Calls
 from benchmarks.kernel_timing.layers import Setting
-from benchmarks.kernel_timing.peers import NotHereError, reason, tell
+from benchmarks.kernel_timing.peers import NotHereError, told
 from benchmarks.kernel_timing.shapes import Shape
 
 SCHEMES = {
@@ -48,11 +49,20 @@ def random_weight(shape: Shape, activations: ActivationScheme, setting: Setting)
     return W8A8Weight(LayerScheme(W8A8_WEIGHTS, None, activations), codes, scale.to(setting.dtype), step)
 
 
-def ours(shape: Shape, name: str, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
+def prepare(weight: W8A8Weight, setting: Setting) -> tuple[Triton, Prepared]:
+    implementation = Triton(None if setting.device.type == "cuda" else INTERPRETED)
+    return implementation, implementation.prepare(weight, LayerConfig.of(weight, setting.dtype, setting.device))
+
+
+def run_once(name: str, shape: Shape, tokens: Sequence[int], setting: Setting) -> None:
+    """Runs what ``ours`` measures once, so that it is compiled."""
+    layers.run_once(*prepare(random_weight(shape, SCHEMES[name], setting), setting), shape, tokens, setting)
+
+
+def ours(name: str, shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
     """Raises ArithmeticError where a kernel computes something else than the reference."""
     weight = random_weight(shape, SCHEMES[name], setting)
-    implementation = Triton(None if setting.device.type == "cuda" else INTERPRETED)
-    prepared = implementation.prepare(weight, LayerConfig.of(weight, setting.dtype, setting.device))
+    implementation, prepared = prepare(weight, setting)
     copies = layers.rotated(list(prepared.tensors.values()), setting)
     for count in tokens:
         x = layers.activations(count, shape, setting)
@@ -95,12 +105,16 @@ def cutlass(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[C
         yield cell(shape, "vLLM cutlass", count, twice(calls, setting), layers.size(copies[0]), error=wrong)
 
 
-def everything(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
-    """Where vLLM's can not run, that is printed."""
-    for name in SCHEMES:
-        yield from ours(shape, name, tokens, setting)
-    yield from vendor(shape, tokens, setting)
-    try:
-        yield from cutlass(shape, tokens, setting)
-    except Exception as error:  # another project's failure, of whatever kind, costs its own cells alone
-        tell(f"vLLM cutlass: not measured: {reason(error)}")
+def cutlass_if_there(shape: Shape, tokens: Sequence[int], setting: Setting) -> Iterator[Cell]:
+    """Where vLLM has none, that is printed."""
+    return told("vLLM cutlass", cutlass(shape, tokens, setting))
+
+
+# What is measured of a layer, the most important first.
+KERNELS: dict[str, Callable[[Shape, Sequence[int], Setting], Iterator[Cell]]] = {
+    "W8A8 dynamic": partial(ours, "W8A8 dynamic"),
+    "cuBLAS int8": vendor,
+    "vLLM cutlass": cutlass_if_there,
+    "W8A8 zero point": partial(ours, "W8A8 zero point"),
+    "W8A8 static": partial(ours, "W8A8 static"),
+}

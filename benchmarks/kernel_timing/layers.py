@@ -1,5 +1,6 @@
 """Random layers of any size, made on the device, and calls that rotate over copies larger than the L2 cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,6 +93,12 @@ def calls(implementation: Runs, prepared: Prepared, copies: list[list[torch.Tens
     """One call for each copy of the layer."""
     rest = (None, prepared.out_features, list(prepared.meta))
     return [partial(implementation.apply, x, tensors, *rest) for tensors in copies]
+
+
+def run_once(implementation: Runs, prepared: Prepared, shape: Shape, tokens: Sequence[int], setting: Setting) -> None:
+    """One call at each number of tokens: everything that these launch is compiled then."""
+    for count in tokens:
+        calls(implementation, prepared, [list(prepared.tensors.values())], activations(count, shape, setting))[0]()
 
 
 def check(y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:

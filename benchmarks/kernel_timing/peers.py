@@ -5,7 +5,6 @@ and is checked against the same reference before it is timed.
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +20,7 @@ from benchmarks.kernel_timing import layers
 from benchmarks.kernel_timing.cells import Cell, cell, twice
 from benchmarks.kernel_timing.clock import Calls
 from benchmarks.kernel_timing.layers import Setting
+from benchmarks.kernel_timing.recording import Unit
 from benchmarks.kernel_timing.shapes import SCHEMES, Shape
 
 # In the order in which vLLM prefers them on CUDA; the last is for a machine without a GPU.
@@ -36,9 +36,12 @@ class NotHereError(Exception):
     """A peer can not take part; the text says why."""
 
 
-def reason(error: Exception) -> str:
-    """One line of it."""
-    return str(error).splitlines()[0] if str(error) else repr(error)
+def told(name: str, cells: Iterator[Cell]) -> Iterator[Cell]:
+    """The cells of a peer; that it can not take part is printed."""
+    try:
+        yield from cells
+    except NotHereError as error:
+        tell(f"{name}: not measured: {error}")
 
 
 @contextlib.contextmanager
@@ -153,24 +156,32 @@ class Given:
             yield cell(self.shape, f"{name} {self.scheme}", count, twice(calls, setting), stored, error=error)
 
 
-def everything(shapes: Sequence[Shape], tokens: Sequence[int], setting: Setting, deadline: float) -> Iterator[Cell]:
-    """Cells of every peer on every layer, none begun after ``deadline`` on the monotonic clock. What a peer can not do
-    is printed, once for each reason, and the next one goes on."""
-    with contextlib.ExitStack() as stack:
-        found: dict[str, Make] = {"gemlite": gemlite}
+class Peers:
+    """The kernels that take part, by name: gemlite, and vLLM's once ``begin`` has found them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._makes: dict[str, Make] = {"gemlite": gemlite}
+
+    def begin(self, stack: contextlib.ExitStack) -> Iterator[Cell]:
+        """Makes vLLM ready until ``stack`` ends, a unit of work without cells: whatever vLLM raises costs its kernels
+        alone. Its absence is printed."""
         try:
-            linear = stack.enter_context(vllm_ready(setting))
+            linear = stack.enter_context(vllm_ready(self._setting))
         except NotHereError as error:
             tell(f"not measured: {error}")
         else:
-            found |= {name: partial(vllm_kernel, linear, name) for name in VLLM_KERNELS}
-        for shape, scheme in product(shapes, SCHEMES):
-            given = Given.of(shape, scheme, setting)
-            for name, make in found.items():
-                if time.monotonic() > deadline:
-                    tell(f"peers of {shape.model} {shape.layer} and later ones: not measured, the time is used up")
-                    return
-                try:
-                    yield from given.cells(name, make, tokens, setting)
-                except Exception as error:  # another project's failure, of whatever kind, costs its own cells alone
-                    tell(f"{name} {scheme}: not measured: {reason(error)}")
+            self._makes |= {name: partial(vllm_kernel, linear, name) for name in VLLM_KERNELS}
+        yield from ()
+
+    def units(self, shapes: Sequence[Shape], schemes: Sequence[str], tokens: Sequence[int]) -> Iterator[Unit]:
+        """Every peer on every layer, whose weight is made once for all of them. What a peer can not do is printed,
+        once for each reason."""
+        for scheme, shape in product(schemes, shapes):
+            given = cache(partial(Given.of, shape, scheme, self._setting))
+            for name, make in self._makes.items():
+                measured = self._cells(given, name, make, tokens)
+                yield Unit(f"{shape} {name} {scheme}", told(f"{name} {scheme}", measured))
+
+    def _cells(self, given: Callable[[], Given], name: str, make: Make, tokens: Sequence[int]) -> Iterator[Cell]:
+        yield from given().cells(name, make, tokens, self._setting)

@@ -14,6 +14,9 @@ class Shape:
     rows: int
     columns: int
 
+    def __str__(self) -> str:
+        return f"{self.model} {self.layer}"
+
     @property
     def weights(self) -> int:
         return self.rows * self.columns

@@ -1,31 +1,45 @@
-"""Searches the launch table of a device: candidates for each number of tokens, timed on one model's layers."""
+"""Searches the launch table of a device: candidates for each number of tokens, checked and timed on one model's layers.
 
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+They are timed at 4 bit in groups of 128 with 0.5 % entries; other widths, and codebooks, keep the table in use.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, table_of
+from requant_kernels.prepared import Prepared
 
 from benchmarks.kernel_timing import layers
 from benchmarks.kernel_timing.clock import microseconds
-from benchmarks.kernel_timing.compilation import Job, compile_all
+from benchmarks.kernel_timing.compilation import compile_all, workers
 from benchmarks.kernel_timing.layers import Setting
+from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
 ENDS = (1, 4, 8, 16, 32, 64, 128, 256)  # tokens up to which a tile may serve
-SCHEME = (4, 128, 0.005)
+BITS = 4
+SCHEME = (BITS, 128, 0.005)
+OTHER_BITS = (2, 3, 8)
+WORKSPACES = (32, 64, 128, 256)  # MiB
+DECODED_TOKENS = 1024  # at which the workspace is chosen
 SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer runs
 
 
 def candidates(up_to: int, processors: int) -> Iterator[Tile]:
     """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel from 16 on."""
     if up_to <= 32:
-        for strips, k_warps, stages, waves in product((1, 2, 4), (2, 4, 8), (3, 4), (1, 2)):
-            warps = max(4, k_warps)
-            yield Tile("few", up_to, up_to, strips, warps, stages, waves * 2 * processors, k_warps)
+        shared = [(strips, k_warps, max(4, k_warps), 2) for strips, k_warps in product((1, 2, 4), (2, 4, 8))]
+        alone = [(4, 1, 4, 2), (8, 1, 8, 1)]  # a warp for each strip
+        for (strips, k_warps, warps, least), stages, waves in product([*shared, *alone], (3, 4), (1, 2)):
+            yield Tile("few", up_to, up_to, strips, warps, stages, least * waves * processors, k_warps)
     if up_to >= 16:
         for tokens, (strips, warps), stages, waves in product(
             sorted({min(up_to, 64), min(up_to, 128)}), ((4, 4), (8, 8)), (2, 3, 4), (1, 2)
@@ -33,69 +47,149 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
             yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors)
 
 
-def _only(tile: Tile | None, decode: Decode) -> Table:
+def only(tile: Tile | None, decode: Decode) -> Table:
+    """A table that runs ``tile``, or decodes and multiplies without one."""
     return Table((), "candidate", (tile,) if tile else (), decode)
 
 
-def _time(table: Table, tokens: int, prepared: list[tuple[Shape, Any, Any]], setting: Setting) -> float:
-    """Microseconds of all layers together."""
-    implementation = Triton(table)
-    total = 0.0
-    for shape, layer, copies in prepared:
-        x = layers.activations(tokens, shape, setting)
-        total += microseconds(layers.calls(implementation, layer, copies, x), setting.device)
-    return total
+@dataclass(frozen=True)
+class Layer:
+    """A layer as the kernels take it, copies that exceed the L2 cache, and its exact weight fp32 [N, K]."""
+
+    shape: Shape
+    prepared: Prepared
+    copies: list[list[torch.Tensor]]
+    exact: torch.Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, setting: Setting) -> Self:
+        weight = layers.random_weight(shape, *SCHEME, setting)
+        prepared = layers.prepare(setting.implementation, weight, setting)
+        copies = layers.rotated(list(prepared.tensors.values()), setting)
+        return cls(shape, prepared, copies, layers.exact_weight(weight))
 
 
-def _compiled(tiles: list[Tile], up_to: int, decode: Decode, setting: Setting) -> dict[Tile, str]:
-    """What goes wrong with each tile, whatever its ``programs``; both its variants, split and whole, are compiled."""
+class Stand:
+    """The layers at one number of tokens: what every candidate is compared with, and timed on."""
+
+    def __init__(self, measured: Sequence[Layer], tokens: int, setting: Setting) -> None:
+        self._setting = setting
+        self._inputs = []
+        for layer in measured:
+            x = layers.activations(tokens, layer.shape, setting)
+            self._inputs.append((layer, x, x.float() @ layer.exact.T))
+
+    def time(self, table: Table) -> float:
+        """Microseconds of all layers together; infinite, with a line about it, where ``table`` does not run or
+        computes something else than the reference. Raises what has lost the device."""
+        total = 0.0
+        try:
+            for layer, x, expected in self._inputs:
+                calls = layers.calls(Triton(table), layer.prepared, layer.copies, x)
+                layers.relative_error(calls[0](), expected)
+                total += microseconds(calls, self._setting.device)
+        except Exception as error:  # a candidate that does not run on this device is an answer, not a failure
+            print(f"  discarded: {reason(error)}: {table.tiles or table.decode}")
+            if not usable(self._setting.device):
+                raise
+            return float("inf")
+        return total
+
+
+def run_once(tile: Tile, decode: Decode, setting: Setting) -> None:
+    """Compiles both variants of ``tile``, with the columns whole and split."""
+    weight = layers.random_weight(SMALL, *SCHEME, setting)
+    for programs in (1, 10**6):
+        implementation = Triton(only(replace(tile, programs=programs), decode))
+        prepared = layers.prepare(implementation, weight, setting)
+        layers.run_once(implementation, prepared, SMALL, (tile.up_to,), setting)
+
+
+def runnable(tiles: Sequence[Tile], decode: Decode, setting: Setting, seconds: float) -> list[Tile]:
+    """Those that compile and run, by all workers together, in about ``seconds``; the reasons of others are printed."""
     unique = list(dict.fromkeys(replace(tile, programs=1) for tile in tiles))
-    variants = [(tile, replace(tile, programs=programs)) for tile in unique for programs in (1, 10**6)]
-    jobs = [Job(SMALL, *SCHEME, (up_to,), _only(variant, decode)) for _, variant in variants]
-    failures = dict.fromkeys(unique, "")
-    for (tile, _), failure in zip(variants, compile_all(jobs, setting), strict=True):
-        failures[tile] = failures[tile] or failure
-    return failures
+    tasks = [partial(run_once, tile, decode, setting) for tile in unique]
+    failures = dict(zip(unique, compile_all(tasks, workers(setting.device), setting.device, seconds), strict=True))
+    for failure, count in Counter(filter(None, failures.values())).items():
+        print(f"  {count} of {len(unique)} candidates do not run: {failure}")
+    return [tile for tile in tiles if not failures[replace(tile, programs=1)]]
 
 
-def tune(shapes: tuple[Shape, ...], setting: Setting) -> tuple[dict[str, Any], list[str]]:
-    """(the table as JSON data, what was measured). A tile ends where decoding and multiplying is faster."""
-    bits, group, density = SCHEME
-    processors = torch.cuda.get_device_properties(setting.device).multi_processor_count
-    decode = table_of(setting.device).decode
-    prepared = []
-    for shape in shapes:
-        layer = layers.prepare(Triton(), layers.random_weight(shape, bits, group, density, setting), setting)
-        prepared.append((shape, layer, layers.rotated(list(layer.tensors.values()), setting)))
+def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float) -> int:
+    """Writes the table to ``path`` after each end that was decided; none is begun after ``deadline`` on the monotonic
+    clock. A tile ends where decoding and multiplying is faster. The exit status: 1 where the table in use is wrong or
+    nothing was decided."""
+    in_use = table_of(setting.device) if setting.device.type == "cuda" else layers.INTERPRETED
+    tiles = [tile for up_to in ENDS for tile in candidates(up_to, _processors(setting.device))]
+    if setting.device.type == "cuda":
+        begun = time.monotonic()
+        tiles = runnable(tiles, in_use.decode, setting, (deadline - begun) / 2)
+        print(f"compiled in {time.monotonic() - begun:.0f} s")
+    measured = [Layer.of(shape, setting) for shape in shapes]
+    decode = _fastest_decode(Stand(measured, DECODED_TOKENS, setting), in_use.decode)
     chosen: list[Tile] = []
-    log: list[str] = []
+    sound = True
     for up_to in ENDS:
-        tiles = list(candidates(up_to, processors))
-        failures = _compiled(tiles, up_to, decode, setting)
-        timed = [
-            (_time(_only(tile, decode), up_to, prepared, setting), tile)
-            for tile in tiles
-            if not failures[replace(tile, programs=1)]
-        ]
-        if not timed:
-            raise RuntimeError(f"no candidate runs at {up_to} tokens: {next(iter(failures.values()))}")
-        best, tile = min(timed, key=lambda pair: pair[0])
-        decoded = _time(_only(None, decode), up_to, prepared, setting)
-        log.append(f"{up_to:>5} tokens: {best:.1f} us by {tile}; decoded {decoded:.1f} us; {len(timed)} measured")
-        if decoded < best:
+        stand = Stand(measured, up_to, setting)
+        baseline = stand.time(in_use)
+        times: dict[Tile | None, float] = {None: stand.time(only(None, decode))}
+        of_the_table = in_use.tile(up_to, BITS, False)
+        own = [replace(of_the_table, up_to=up_to, bits=None, codebook=None)] if of_the_table else []
+        for tile in dict.fromkeys([*own, *(tile for tile in tiles if tile.up_to == up_to)]):
+            if time.monotonic() > deadline:
+                print(f"{up_to:>5} tokens and more: not decided, the time was used up")
+                return 0 if chosen and sound else 1
+            times[tile] = stand.time(only(tile, decode))
+        best = min(times, key=lambda tile: times[tile])
+        sound = sound and baseline < float("inf")
+        print(
+            f"{up_to:>5} tokens: {times[best]:.1f} us by {best or 'decoding'}; the table in use {baseline:.1f} us; "
+            f"decoded {times[None]:.1f} us; {len(times)} measured"
+        )
+        if best:
+            chosen.append(best)
+        write_json(path, table_data(chosen, decode, in_use, _name(setting.device), ended=best is None))
+        if best is None:
             break
-        chosen.append(tile)
-    return _table_data(chosen, decode, setting), log
+    return 0 if sound else 1
 
 
-def _table_data(tiles: list[Tile], decode: Decode, setting: Setting) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(setting.device)
+def _fastest_decode(stand: Stand, in_use: Decode) -> Decode:
+    """``in_use`` with the workspace that is best for many tokens."""
+    sizes = dict.fromkeys([in_use.workspace_mib, *WORKSPACES])
+    times = {mib: stand.time(only(None, replace(in_use, workspace_mib=mib))) for mib in sizes}
+    print("workspace: " + ", ".join(f"{mib} MiB {micros:.1f} us" for mib, micros in times.items()))
+    return replace(in_use, workspace_mib=min(times, key=lambda mib: times[mib]))
+
+
+def table_data(tiles: Sequence[Tile], decode: Decode, in_use: Table, name: str, *, ended: bool) -> dict[str, Any]:
+    """The tuned tiles as JSON data of a table for the device ``name``, followed by those in use for all that was not
+    tuned: other layers, and, unless the tuned ones ``ended`` because decoding is faster, more tokens."""
+    tuned = [replace(tile, bits=(BITS,), codebook=False) for tile in tiles]
+    rest = [part for tile in in_use.tiles for part in (_others(tile) if ended else (tile,))]
     return {
         "names": [name],
-        "source": f"measured by benchmarks/kernels.py --tune on {name}, triton {_triton_version()}",
-        "tiles": [{key: value for key, value in asdict(tile).items() if value is not None} for tile in tiles],
+        "source": f"measured by benchmarks/kernels.py --tune on {name}, triton {_triton_version()}; "
+        f"what is not bits [{BITS}] and codebook false, or beyond it, from the table before: {in_use.source}",
+        "tiles": [{key: value for key, value in asdict(tile).items() if value is not None} for tile in [*tuned, *rest]],
         "decode": asdict(decode),
     }
+
+
+def _others(tile: Tile) -> Iterator[Tile]:
+    """The rule, for the layers alone that were not tuned."""
+    if bits := tuple(bits for bits in tile.bits or OTHER_BITS if bits != BITS):
+        yield replace(tile, bits=bits)
+    if tile.codebook is not False and (tile.bits is None or BITS in tile.bits):
+        yield replace(tile, bits=(BITS,), codebook=True)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
 
 
 def _triton_version() -> str:

@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from requant_kernels.gpu import FP_FUSION
+
 SOURCES = ("requant_kernels.dense_sparse.triton.variants", "requant_kernels.w8a8.triton.variants")
 NVIDIA = ("80", "89", "90", "100")
 AMD = ("gfx942",)
@@ -114,7 +116,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
 
     begun = time.monotonic()
     gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": True}
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, **FP_FUSION}
     try:
         kernel = triton.compile(source(variant), target=gpu, options=options)
     except Exception as error:  # whatever the compiler raises is this variant's result

@@ -8,6 +8,9 @@ import torch
 from requant_kernels.prepared import Prepared, Runs
 
 CAPABILITY = (8, 0)
+# A product may be fused with the sum that takes it: one rounding less, where the kernels do not forbid it themselves.
+# Every launch says so, because Triton's default depends on its version (disabled from 3.10 on) and on the environment.
+FP_FUSION = {"enable_fp_fusion": True}
 
 
 def able(device: torch.device) -> tuple[bool, str]:

@@ -12,6 +12,7 @@ from tests.kernels.triton.conftest import poison_new_tensors
 
 SPLIT = 64  # programs: enough to split the columns of every case
 ONE_STRIP = replace(FEW, tokens=1, up_to=1, strips=1, k_warps=4)
+ONE_GROUP = replace(FEW, strips=8, warps=8, k_warps=1)  # of warps, each with a strip of its own
 GRID = {
     "W4 g128": Case(3, 40, 384, 4, 128),
     "W2 g32 asymmetric, split columns": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
@@ -27,6 +28,10 @@ GRID = {
     "sparse 5 %, no bias": Case(1, 64, 96, 4, 32, sparse=0.05, bias=False),
     "crowded strip": Case(2, 48, 600, 2, sparse="strip", tile=replace(FEW, strips=8)),
     "crowded strip, split columns": Case(1, 40, 1100, 2, sparse="strip", tile=replace(FEW, strips=8, programs=SPLIT)),
+    "one group of warps, W4 g128": Case(9, 150, 384, 4, 128, tile=ONE_GROUP),
+    "one group, W8 g32 asymmetric": Case(3, 40, 288, 8, 32, symmetric=False, tile=ONE_GROUP, dtype=torch.float16),
+    "one group, W3 codebook, split": Case(2, 200, 600, 3, codebook=True, tile=replace(ONE_GROUP, programs=SPLIT)),
+    "one group, crowded strip": Case(16, 48, 600, 2, sparse="strip", tile=ONE_GROUP),
     "middle W4 g128": Case(40, 150, 384, 4, 128, tile=MIDDLE),
     "middle W3 g32 asymmetric, split": Case(17, 16, 544, 3, 32, symmetric=False, tile=replace(MIDDLE, programs=SPLIT)),
     "middle W8 per row float16": Case(33, 20, 300, 8, tile=MIDDLE, dtype=torch.float16),
@@ -53,7 +58,7 @@ def cases(draw: st.DrawFn) -> Case:
     group = -1 if codebook else draw(st.sampled_from((-1, 32, 64, 128, 256)))
     refined = draw(st.sampled_from((0, 16))) if group != -1 else 0
     columns = draw(st.integers(1, 400)) if group == -1 else group * draw(st.integers(1, 3))
-    tile = draw(st.sampled_from((FEW, ONE_STRIP, MIDDLE, None)))
+    tile = draw(st.sampled_from((FEW, ONE_STRIP, ONE_GROUP, MIDDLE, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
         tokens=draw(st.integers(1, tile.up_to if tile and tile.kernel == "few" else 70)),

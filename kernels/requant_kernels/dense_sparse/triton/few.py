@@ -28,7 +28,7 @@ def _sparse(
     x_ptr, entries_ptr, segments_ptr, bounds_ptr, first_list, part, parts, M, K,
     TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """Products of x with the entries of S lists, shared out among ``parts`` * KW: fp32 [KW, R, TOKENS]."""
+    """Products of x with the entries of S lists, shared out among ``parts`` * KW: fp32 [S * KW, 16, TOKENS]."""
     t = tl.arange(0, S * KW)
     m = tl.arange(0, TOKENS)
     bounds = bounds_ptr + 2 * (first_list + t // KW)
@@ -44,8 +44,7 @@ def _sparse(
         )
         acc = tl.dot(rows, x, acc)
         chunk += parts * KW
-    acc = tl.permute(tl.reshape(acc, (S, KW, 16, TOKENS)), (1, 0, 2, 3))
-    return tl.reshape(acc, (KW, 16 * S, TOKENS))
+    return acc
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "strips"], do_not_specialize_on_alignment=["bias_ptr"])
@@ -64,6 +63,10 @@ def few_kernel(
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
+    # A product of each group of warps, or of each strip where they are one group: Triton 3.6 spreads the warps of a
+    # batched product over the batch alone, and would have all of them compute all rows of a batch of one.
+    BATCH: tl.constexpr = S if KW == 1 else KW
+    ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     first = tl.program_id(0) * S
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -87,7 +90,7 @@ def few_kernel(
     else:
         scales = load_rows(scales_at + (tl.minimum(lo + kw, blocks - 1) * scale_step)[:, None], width, WORDS)
 
-    acc = tl.zeros((KW, 16 * S, TOKENS), tl.float32)
+    acc = tl.zeros((BATCH, ROWS, TOKENS), tl.float32)
     for block in range(lo, hi, KW):
         words = load_words(words_at, BITS, S, KW)
         words_at += KW * BITS * 128
@@ -98,16 +101,20 @@ def few_kernel(
         for part in tl.static_range(256 // SPAN):
             k = (block + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
             x = tl.load(x_ptr + m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < limit), other=0.0)
+            x = tl.broadcast_to(tl.permute(x, (0, 2, 1)), (BATCH, SPAN, TOKENS))
             w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT)
             if KIND == CODEBOOK:
-                acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc)
+                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x, acc)
             else:
                 w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
-                step = group_scale(now, part * SPAN // GROUP, KIND, DT)
-                acc += tl.dot(w, tl.permute(x, (0, 2, 1))) * step.to(tl.float32)[:, :, None]
+                step = tl.reshape(group_scale(now, part * SPAN // GROUP, KIND, DT), (BATCH, ROWS, 1))
+                acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
     if SPARSE:
-        acc += _sparse(x_ptr, entries_ptr, segments_ptr, bounds_ptr, first, split, splits, M, K, TOKENS, S, KW, DT)
-    y = tl.sum(acc, 0)
+        sums = _sparse(x_ptr, entries_ptr, segments_ptr, bounds_ptr, first, split, splits, M, K, TOKENS, S, KW, DT)
+        if KW > 1:
+            sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))
+        acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))
+    y = tl.reshape(acc, (16 * S, TOKENS)) if KW == 1 else tl.sum(acc, 0)
 
     live = (m < M)[None, :]
     if PARTIAL:

@@ -13,6 +13,7 @@ from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
+from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
@@ -95,7 +96,7 @@ def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Te
         "TOKENS": tile.tokens,
         "S": tile.strips,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **FP_FUSION}
     arrays = (out, call.x if bias is None else bias, codes, scales, entries, segments, bounds)
     if tile.kernel == "few":
         few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, **constants, **options)
@@ -110,7 +111,8 @@ def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Te
 def _transpose(x: torch.Tensor, stride: int, tokens: int) -> torch.Tensor:
     transposed = x.new_empty(x.shape[1], stride)
     grid = (stride // tokens, -(-x.shape[1] // TRANSPOSE_COLUMNS))
-    transpose_kernel[grid](x, transposed, *x.shape, stride, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4)
+    options = {"num_warps": 4, **FP_FUSION}
+    transpose_kernel[grid](x, transposed, *x.shape, stride, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, **options)
     return transposed
 
 
@@ -132,6 +134,7 @@ def _reduce(call: Call, shares: torch.Tensor) -> torch.Tensor:
         SPLITS=triton.next_power_of_2(splits),
         COLUMNS=REDUCE_COLUMNS,
         num_warps=4,
+        **FP_FUSION,
     )
     return out
 
@@ -180,5 +183,5 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         KW=decode.k_warps,
         num_warps=decode.warps,
         num_stages=decode.stages,
-        enable_fp_fusion=True,
+        **FP_FUSION,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from requant_kernels.gpu import FP_FUSION
 from requant_kernels.w8a8.runtime import Runtime
 from requant_kernels.w8a8.triton.fused import fused_kernel
 from requant_kernels.w8a8.triton.product import product_kernel
@@ -50,6 +51,7 @@ class _Call:
             "COLUMNS": tile.columns,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
+            **FP_FUSION,
         }
         row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
         weight = self.layer.weight
@@ -92,6 +94,7 @@ class _Call:
             DYNAMIC=scheme.dynamic,
             SYMMETRIC=scheme.symmetric,
             **constants,
+            **FP_FUSION,
         )
         return codes
 
@@ -110,5 +113,6 @@ class _Call:
             BIAS=self.bias is not None,
             ROWS=REDUCE_ROWS,
             num_warps=4,
+            **FP_FUSION,
         )
         return out
