@@ -3,18 +3,23 @@
     python benchmarks/roofline.py        the tables of docs/ROOFLINE.md, in Markdown
 
 The model is a maximum of four times (device memory, L2 to multiprocessors, instructions, tensor cores) plus what does
-not overlap (launches, transpose, reduction). It predicts no stalls: a measured time above it by half is ordinary.
+not overlap (launches, transpose, reduction, decoding before a product). It predicts no stalls: a measured time above it
+by half is ordinary.
+
+Beyond every tile a slice of the layer is decoded, then multiplied. Both run in waves of one program a processor, so a
+slice of few rows leaves processors idle; one that the L2 does not hold goes through device memory, out and back. The
+unquantized product is not charged for its waves, since its library may split columns: an advantage for bfloat16.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
 
 from requant_kernels.dense_sparse.triton.lists import CHUNK
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
-from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, tables
 
 from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS, Shape
 
@@ -24,11 +29,15 @@ INSTRUCTIONS = 2.9  # a weight, in the loops of few_kernel and middle_kernel on 
 SPARSE_INSTRUCTIONS = 40  # an entry, to build 16 rows of its one-hot matrix: compare, select, pack
 GATHER_INSTRUCTIONS = 3.5  # an entry and token without x^T: address, load, pack; an eighth of that with x^T
 FILL = 1.3  # entries of a list are padded to whole chunks
+WORKSPACES = (32, 64, 128, 256)  # MiB
+SLICED_TOKENS = (512, 1024, 4096)
+PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates: bytes/s of a copy, bytes/s from L2, FLOP/s of a large bf16 product; launch in seconds, inside a graph."""
+    """Rates: bytes/s of a copy, bytes/s from L2, FLOP/s of a large bf16 product; launch in seconds, inside a graph.
+    ``l2_bytes``: how large the L2 is."""
 
     name: str
     table: str
@@ -36,6 +45,7 @@ class Gpu:
     clock: float
     copy: float
     l2: float
+    l2_bytes: float
     product: float
     launch: float = 2.0e-6
 
@@ -44,10 +54,14 @@ class Gpu:
         """Scalar instructions a second: four schedulers issue one of 32 lanes each cycle."""
         return self.processors * self.clock * 128
 
+    def utilisation(self, programs: int) -> float:
+        """The share of the processors that work while ``programs`` run, one on each, wave after wave."""
+        return programs / (-(-programs // self.processors) * self.processors)
+
 
 GPUS = (  # copy and product rates: 90 % and 80 % of the data sheet's; L2: assumed, not in any data sheet
-    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 5.5e12, 790e12),
-    Gpu("A100 80 GB", "a100", 108, 1.41e9, 1.84e12, 4.0e12, 250e12),
+    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 5.5e12, 50 * 2**20, 790e12),
+    Gpu("A100 80 GB", "a100", 108, 1.41e9, 1.84e12, 4.0e12, 40 * 2**20, 250e12),
 )
 
 
@@ -121,15 +135,30 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
 
 
 def decode_and_multiply(gpu: Gpu, table: Table, load: Load) -> Prediction:
+    rows, columns = load.shape.rows, load.shape.columns
+    step = table.decode.slice_rows(rows, columns)
+    parts = [
+        _slice(gpu, table.decode, replace(load, shape=replace(load.shape, rows=min(step, rows - start))))
+        for start in range(0, rows, step)
+    ]
+    return Prediction(*(sum(values) for values in zip(*map(astuple, parts), strict=True)))
+
+
+def _slice(gpu: Gpu, decode: Decode, load: Load) -> Prediction:
+    """One slice of a layer as if it were the whole: its decoding, then its product."""
     plain = 2 * load.shape.weights
-    slices = -(-plain // (table.decode.workspace_mib * 2**20))
-    decode = max(load.stored / gpu.copy, plain / gpu.l2, load.shape.weights * INSTRUCTIONS / gpu.instructions)
+    fits = plain <= gpu.l2_bytes
+    written = plain / (gpu.l2 if fits else gpu.copy)
+    instructions = load.shape.weights * INSTRUCTIONS / gpu.instructions
+    programs = -(-load.shape.rows // (STRIP * decode.strips))
+    tiles = -(-load.tokens // PRODUCT_TILE) * -(-load.shape.rows // PRODUCT_TILE)
+    decoding = max(load.stored / gpu.copy, written, instructions) / gpu.utilisation(programs)
     return Prediction(
-        memory=load.moved / gpu.copy,
+        memory=(load.moved + (0 if fits else plain)) / gpu.copy,
         l2=plain / gpu.l2,
         issue=0.0,
-        tensor=2 * load.tokens * load.shape.weights / gpu.product,
-        fixed=decode + 2 * slices * gpu.launch,
+        tensor=2 * load.tokens * load.shape.weights / gpu.product / gpu.utilisation(tiles),
+        fixed=decoding + 2 * gpu.launch,
     )
 
 
@@ -172,6 +201,26 @@ def regime_table(gpu: Gpu) -> list[str]:
     return [*lines, *(row(gpu, scheme, tokens) for tokens in TOKENS for scheme in SCHEMES), ""]
 
 
+def workspace_table() -> list[str]:
+    """How much of a layer to decode at a time, W4: a small slice stays in the L2, a large one keeps processors busy."""
+    lines = [
+        f"### Decoded slices of a block of {MODEL}: predicted us by MiB",
+        "",
+        "| GPU | tokens | bf16 |" + "".join(f" {mib} |" for mib in WORKSPACES),
+        "|---|---:|---:|" + "---:|" * len(WORKSPACES),
+    ]
+    bits, group = SCHEMES["W4 g128"]
+    for gpu in GPUS:
+        table = tables()[gpu.table]
+        sized = [replace(table, decode=replace(table.decode, workspace_mib=mib)) for mib in WORKSPACES]
+        for tokens in SLICED_TOKENS:
+            loads = [Load(shape, bits, group, DENSITY, tokens) for shape in MODELS[MODEL]]
+            times = [sum(decode_and_multiply(gpu, one, load).total for load in loads) for one in sized]
+            plain = sum(unquantized(gpu, load.shape, tokens) for load in loads)
+            lines.append(f"| {gpu.name} | {tokens} |" + "".join(f" {time * 1e6:.0f} |" for time in (plain, *times)))
+    return [*lines, ""]
+
+
 def bytes_table() -> list[str]:
     lines = ["| scheme | sparse | bits a weight | bytes against bf16 |", "|---|---:|---:|---:|"]
     for scheme, (bits, group) in SCHEMES.items():
@@ -182,7 +231,7 @@ def bytes_table() -> list[str]:
 
 
 def main() -> int:
-    print("\n".join([*bytes_table(), *(line for gpu in GPUS for line in regime_table(gpu))]))
+    print("\n".join([*bytes_table(), *(line for gpu in GPUS for line in regime_table(gpu)), *workspace_table()]))
     return 0
 
 

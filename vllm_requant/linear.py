@@ -20,6 +20,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
+from vllm_requant.compile_cache import tell_compile_cache
 from vllm_requant.dummy import dummy_layer
 from vllm_requant.in_flight import unquantized
 from vllm_requant.parameters import QUANTIZED, TENSORS, LayerLoader
@@ -52,7 +53,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Registers empty parameters that collect the file's tensors."""
         self._shape = (sum(output_partition_sizes), input_size_per_partition)
         self._dtype, self._device = params_dtype, torch.get_default_device()
-        config = get_current_vllm_config()
+        self._config = config = get_current_vllm_config()
         self._dummy = config.load_config.load_format == "dummy"
         self._max_tokens = config.scheduler_config.max_num_batched_tokens
         row_parallel = isinstance(layer, RowParallelLinear)
@@ -79,6 +80,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
         """
         self._finish_loading()
+        tell_compile_cache(self._config, self.names, self._prepared)
         runtime = dict(self._prepared.tensors)
         self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them
         if self._correction is not None:

@@ -13,7 +13,7 @@ from requant_kernels.ops import dense_sparse_linear, w8a8_linear
 from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.w8a8 import dispatch as w8a8
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, MoEActivation, RoutedExperts
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -78,6 +78,15 @@ def _refuse_unsupported(layer: RoutedExperts, prefix: str) -> None:
             raise SchemeError(f"{prefix}: quantized experts can not be served with {what}")
 
 
+def refuse_graphs(device: torch.device, mode: CUDAGraphMode | None, prefix: str) -> None:
+    """Raises SchemeError where vLLM would record the experts ``prefix`` in CUDA graphs of that ``mode``."""
+    if device.type == "cuda" and mode not in (None, CUDAGraphMode.NONE):
+        raise SchemeError(
+            f"{prefix}: quantized experts can not be recorded in CUDA graphs, because which of them run depends on the "
+            "tokens; serve with --enforce-eager, or compiled with -cc.cudagraph_mode=NONE"
+        )
+
+
 class Product:
     """One product of one expert on this rank: a function of x [M, K] as soon as it is loaded."""
 
@@ -128,6 +137,7 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Registers empty parameters that hand the file's tensors to the products they belong to."""
         config = get_current_vllm_config()
+        refuse_graphs(torch.get_default_device(), config.compilation_config.cudagraph_mode, layer.layer_name)
         self._dummy = config.load_config.load_format == "dummy"
         shapes = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),

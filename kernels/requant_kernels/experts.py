@@ -25,34 +25,16 @@ class Expert:
 def run_experts(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]) -> torch.Tensor:
     """x [M, C], the experts of each token ids [M, k] (no one twice) and their weights [M, k] -> [M, C] of x's dtype.
 
-    Sums in fp32. Which tokens an expert gets is known on the device only, and a CUDA graph can not ask; while one is
-    recorded, all experts run on all tokens.
+    Every expert runs on the tokens that are routed to it; sums in fp32. Which those are only the device knows: waits
+    for it once, so a CUDA graph can not record it.
     """
-    recording = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    return (on_all_tokens if recording else on_their_tokens)(x, weights, ids, experts).to(x.dtype)
-
-
-def on_their_tokens(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]
-) -> torch.Tensor:
-    """fp32 [M, C]: every expert runs on the tokens that are routed to it. Waits for the device once."""
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    flat, shares = ids.flatten().long(), weights.float().flatten()
+    flat = ids.flatten().long()
     counts = torch.bincount(flat, minlength=len(experts)).tolist()
-    places = torch.split(flat.argsort(stable=True), counts)
-    for expert, place in zip(experts, places, strict=True):
-        if len(place):
-            token = place // ids.shape[1]
-            output.index_add_(0, token, expert(x[token]).float() * shares[place, None])
-    return output
-
-
-def on_all_tokens(x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, experts: Sequence[Layer]) -> torch.Tensor:
-    """fp32 [M, C]: every expert runs on every token, and counts where the token is routed to it. Never waits."""
-    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for index, expert in enumerate(experts):
-        routed = ids == index
-        share = (weights.float() * routed).sum(1, keepdim=True)
-        # elsewhere its output may be infinite, which no factor of zero undoes
-        output += (expert(x).float() * share).masked_fill(~routed.any(1, keepdim=True), 0)
-    return output
+    order = flat.argsort(stable=True)
+    tokens = torch.split(order // ids.shape[1], counts)
+    shares = torch.split(weights.float().flatten()[order, None], counts)
+    for expert, token, share in zip(experts, tokens, shares, strict=True):
+        if len(token):
+            output.index_add_(0, token, expert(x[token]).float() * share)
+    return output.to(x.dtype)

@@ -54,3 +54,14 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
             value = (value & ((1 << low) - 1)) | (words[..., word + 1] << low)
         codes[..., k] = value & mask
     return codes.flatten(-2)[..., :length].contiguous()
+
+
+def take_range(packed: torch.Tensor, bits: int, start: int, stop: int) -> torch.Tensor:
+    """The codes [start, stop) of int32 [..., W] -> int32 [..., ceil((stop-start)*bits/32)].
+
+    Whole words are copied where both ends are borders of words, which every 32nd code is; else all are packed anew.
+    """
+    if start * bits % WORD == 0 and stop * bits % WORD == 0:
+        return packed[..., start * bits // WORD : stop * bits // WORD].contiguous()
+    codes = unpack(packed, bits, packed.shape[-1] * WORD // bits)
+    return pack(codes[..., start:stop], bits)

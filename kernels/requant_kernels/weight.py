@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from requant_kernels.errors import CheckpointError
-from requant_kernels.packing import WORD, pack, packed_length, unpack
+from requant_kernels.packing import WORD, pack, packed_length, take_range, unpack
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.sparse import SparsePart
 
@@ -239,17 +239,25 @@ class DenseSparseWeight:
         width = stop - start
         group = width if self.codebook is not None else gcd(self.group_size, start, width)
         group_of = torch.arange(start, stop, group, device=self.packed.device) // self.group_size
-        zero_points = self.zero_points()
         return replace(
             self,
             in_features=width,
             group_size=group,
-            packed=pack(self.codes()[:, start:stop], bits),
+            packed=take_range(self.packed, bits, start, stop),
             scale=None if self.scale is None else self.scale[:, group_of],
-            zero_point=None if zero_points is None else pack(zero_points[:, group_of], bits),
+            zero_point=self._zero_points_of(group_of, whole=group == self.group_size),
             sparse=None if self.sparse is None else self.sparse.take_columns(start, stop),
             bias_correction=correction_of_columns(self.bias_correction, start),
         )
+
+    def _zero_points_of(self, group_of: torch.Tensor, *, whole: bool) -> torch.Tensor | None:
+        """Packed, of the groups int64 [n], which follow each other and, where ``whole``, occur once each."""
+        if self.zero_point is None:
+            return None
+        bits = self.scheme.weights.bits
+        if whole:
+            return take_range(self.zero_point, bits, int(group_of[0]), int(group_of[-1]) + 1)
+        return pack(unpack(self.zero_point, bits, self.groups)[:, group_of], bits)
 
     @classmethod
     def concat_rows(cls, parts: "list[DenseSparseWeight]") -> Self:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from requant_kernels.experts import on_their_tokens
+from requant_kernels.experts import run_experts
 from torch import nn
 
 HOLDER = "mlp"  # what every block of transformers calls the module with its router and its experts
@@ -55,7 +55,7 @@ class UnfusedExperts(nn.ModuleList):
         """[T, C], the experts of each token [T, k] and their weights [T, k] -> [T, C]; only experts that a token
         reaches run."""
         experts = [partial(self._run, expert) for expert in self]
-        return on_their_tokens(hidden_states, top_k_weights, top_k_index, experts).to(hidden_states.dtype)
+        return run_experts(hidden_states, top_k_weights, top_k_index, experts)
 
     def _run(self, expert: nn.Module, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = map(expert.get_submodule, (self._names.gate, self._names.up, self._names.down))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from requant_kernels.packing import pack, packed_length, unpack
+from requant_kernels.packing import pack, packed_length, take_range, unpack
 
 BITS = st.sampled_from((2, 3, 4, 8))
 
@@ -21,6 +21,14 @@ def test_packed_words_are_one_little_endian_bit_stream_and_unpack_inverts(bits, 
     for row in range(rows):
         assert [int(word) & 0xFFFFFFFF for word in packed[row]] == words_of(codes[row].tolist(), bits)
     assert torch.equal(unpack(packed, bits, length), codes.to(torch.uint8))
+
+
+@given(bits=BITS, length=st.integers(1, 130), data=st.data())
+def test_a_range_of_codes_is_packed_as_if_it_were_alone(bits, length, data):
+    anywhere, borders = st.integers(0, length), st.integers(0, length // 32).map(lambda block: 32 * block)
+    start, stop = sorted(data.draw(st.tuples(*(st.one_of(anywhere, borders) for _ in range(2)))))
+    codes = torch.randint(0, 1 << bits, (3, length), generator=torch.Generator().manual_seed(length))
+    assert torch.equal(take_range(pack(codes, bits), bits, start, stop), pack(codes[:, start:stop], bits))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -84,7 +84,7 @@ def random_model(kind: str, folder: Path) -> Path:
     return folder
 
 
-def quantize(source: Path, out: Path, scheme: CheckpointScheme) -> Path:
+def quantize(source: Path, out: Path, scheme: CheckpointScheme, *, density: float = 0.02) -> Path:
     """``source`` with random quantized weights, small enough for stable activations, in every linear layer."""
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     tensors = {}
@@ -97,7 +97,7 @@ def quantize(source: Path, out: Path, scheme: CheckpointScheme) -> Path:
         if layer.activations:
             weight = random_w8a8(layer.activations, shape, bias_correction=layer.bias_correction, seed=seed)
         else:
-            weight = random_weight(layer, shape, dtype=torch.bfloat16, seed=seed)
+            weight = random_weight(layer, shape, density=density, dtype=torch.bfloat16, seed=seed)
         for part, value in weight.to_tensors().items():
             shrinks = part in ("weight_scale", "weight_codebook", "sparse_values", "bias_correction")
             tensors[name.removesuffix("weight") + part] = value / 16 if shrinks else value

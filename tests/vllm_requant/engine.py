@@ -4,6 +4,7 @@ A job is {"model": folder, "prompts": [[token, ...], ...], **arguments of vllm.L
 {"logprobs": [[tokens-1, vocabulary] per prompt], "generated": [[token, ...] per prompt], ...} or {"error": text}.
 With "turns", one engine is asked several times, and the result is a list of one for each: a turn is a mapping of
 {"ask": one of ASK, by default "generate"; "prompts": others than the job's; **other arguments of the question}.
+With "cached_graphs", graphs are compiled and cached as on a GPU.
 """
 
 import gc
@@ -52,6 +53,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     from vllm import LLM
 
     prompts, turns = job.pop("prompts", []), job.pop("turns", None)
+    if job.pop("cached_graphs", False):
+        _compile_as_on_a_gpu()
     backend = "mp" if _processes(job) > 1 else "uni"
     try:
         llm = LLM(**COMMON | {"distributed_executor_backend": backend} | job)
@@ -63,6 +66,21 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
         results.append(ASK[question.pop("ask", "generate")](llm, **question))
     llm.llm_engine.engine_core.shutdown()
     return results if turns else results[0]
+
+
+def _compile_as_on_a_gpu() -> None:
+    """On a CPU, vLLM takes another mode than its own, and none of that mode's graphs can be read from the cache."""
+    from vllm.config import CompilationMode, VllmConfig
+    from vllm.platforms.cpu import CpuPlatform
+
+    settle = CpuPlatform.check_and_update_config
+
+    def stay(config: VllmConfig) -> None:
+        settle(config)
+        config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+        config.compilation_config.compile_sizes = []
+
+    CpuPlatform.check_and_update_config = staticmethod(stay)
 
 
 def _generate(

@@ -4,12 +4,14 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from requant_kernels.errors import SchemeError
 from requant_kernels.scheme import CheckpointScheme, LayerScheme, WeightScheme
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
 
 from vllm_requant.config import RequantConfig
-from vllm_requant.moe import RequantExpertsMethod
+from vllm_requant.moe import RequantExpertsMethod, refuse_graphs
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
 PREFIX = "model.layers.0.mlp.experts"
@@ -78,3 +80,18 @@ def test_experts_that_are_partly_ignored_are_refused_by_name(ignored, message):
 def test_what_cannot_be_served_with_is_refused_by_name(unusual, named):
     with pytest.raises(SchemeError, match=f"^{PREFIX}: quantized experts can not be served with {re.escape(named)}"):
         method(layer(**unusual))
+
+
+@pytest.mark.parametrize("mode", [mode for mode in CUDAGraphMode if mode != CUDAGraphMode.NONE])
+def test_cuda_graphs_are_refused_with_the_way_out(mode):
+    with pytest.raises(
+        SchemeError, match=rf"^{PREFIX}: .* CUDA graphs, .* --enforce-eager, .* -cc\.cudagraph_mode=NONE"
+    ):
+        refuse_graphs(torch.device("cuda"), mode, PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("device", "mode"), [("cuda", CUDAGraphMode.NONE), ("cuda", None), ("cpu", CUDAGraphMode.FULL_AND_PIECEWISE)]
+)
+def test_experts_run_where_no_graph_is_recorded(device, mode):
+    refuse_graphs(torch.device(device), mode, PREFIX)

@@ -18,7 +18,6 @@ from requant_kernels.gpu import FP_FUSION
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
 TRANSPOSE_COLUMNS = 64
-ROW_ALIGNMENT = 128
 
 
 @dataclass(frozen=True)
@@ -139,15 +138,9 @@ def _reduce(call: Call, shares: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def workspace_rows(layer: Layer, decode: Decode) -> int:
-    """Rows that fit into the workspace, in whole tiles; at least one tile."""
-    fit = decode.workspace_mib * 2**20 // (2 * layer.in_features)
-    return max(ROW_ALIGNMENT, min(fit, layer.rows) // ROW_ALIGNMENT * ROW_ALIGNMENT)
-
-
 def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
     layer, n = call.layer, call.out_features
-    step = workspace_rows(layer, decode)
+    step = decode.slice_rows(layer.rows, layer.in_features)
     workspace = call.x.new_empty(min(step, n), layer.in_features)
     out = call.x.new_empty(call.tokens, n)
     for start in range(0, n, step):

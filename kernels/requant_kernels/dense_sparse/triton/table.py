@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
+SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Decode:
     warps: int
     stages: int
     workspace_mib: int
+
+    def slice_rows(self, rows: int, columns: int) -> int:
+        """Of a layer [rows, columns], how many rows are decoded at a time: as many as fit, but at least SLICE."""
+        fit = self.workspace_mib * 2**20 // (2 * columns)
+        return max(SLICE, min(fit, rows) // SLICE * SLICE)
 
 
 @dataclass(frozen=True)
