@@ -39,7 +39,7 @@ def test_interpreted(interpreted, case):
 @given(
     case=st.builds(
         Case,
-        tokens=st.integers(1, 70),
+        tokens=st.integers(1, 257),
         rows=st.integers(1, 100),
         columns=st.integers(1, 300),
         dynamic=st.booleans(),
