@@ -47,6 +47,18 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def words(monkeypatch):
+    """Tiny models have no tokenizer: a letter is a token."""
+
+    class Tokenizer:
+        def __call__(self, text, **_):
+            ids = [1 + ord(letter) % 90 for letter in text[:40000]]
+            return type("Encoding", (), {"input_ids": ids})
+
+    monkeypatch.setattr("requant.sources.Source.tokenizer", lambda _: Tokenizer())
+
+
 @pytest.fixture(scope="session")
 def llama(tiny) -> Path:
     """An untied tiny Llama; never written to."""

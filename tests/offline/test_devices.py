@@ -10,6 +10,7 @@ from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
 
 from tests.pretend_cuda import CUDA, pretend_cuda
 
+pytestmark = pytest.mark.usefixtures("words")
 FEW = {"calibration": Calibration(samples=4, seqlen=32), "training": Training(steps=2, batch=2)}
 GROUPS, CODEBOOK = WeightScheme(3, 32, symmetric=False), WeightScheme(3, codebook=True)
 ONCE = Selection(intervals=1)
@@ -34,18 +35,6 @@ RECIPES = {
     "W8A8 dynamic, zero points": Recipe(W8A8_WEIGHTS, activations=Activations("dynamic", False), **EQUALIZED, **FEW),
     "an int8 head": Recipe(GROUPS, quantize_lm_head=True),
 }
-
-
-@pytest.fixture(autouse=True)
-def words(monkeypatch):
-    """Tiny models have no tokenizer."""
-
-    class Tokenizer:
-        def __call__(self, text, **_):
-            ids = [1 + ord(letter) % 90 for letter in text[:40000]]
-            return type("Encoding", (), {"input_ids": ids})
-
-    monkeypatch.setattr("requant.sources.Source.tokenizer", lambda _: Tokenizer())
 
 
 @pytest.fixture(scope="module")

@@ -19,21 +19,10 @@ from requant_kernels.scheme import W8A8_WEIGHTS, WeightScheme
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("words")
 FEW = Calibration(samples=4, seqlen=32)
 BOTH = {"equalization": Equalization("minmax", 0.5), "bias_correction": True, "calibration": FEW}
 IDS = torch.arange(1, 25)[None]
-
-
-@pytest.fixture(autouse=True)
-def words(monkeypatch):
-    """Tiny models have no tokenizer."""
-
-    class Tokenizer:
-        def __call__(self, text, **_):
-            ids = [1 + ord(letter) % 90 for letter in text[:40000]]
-            return type("Encoding", (), {"input_ids": ids})
-
-    monkeypatch.setattr("requant.sources.Source.tokenizer", lambda _: Tokenizer())
 
 
 def logits(model):
