@@ -54,13 +54,19 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self._temporary(len(self._shards))
-        try:
-            save_file(self._pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise InputError(f"{self._folder}: can not be written ({error})") from None
+        save(self._pending, path, {"format": "pt"})
         path.chmod(self._folder.stat().st_mode & 0o666)  # safetensors lets nobody else read what it writes
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file. Raises InputError where it can not be written, and leaves nothing of it then."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise InputError(f"{path.parent}: can not be written ({error})") from None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

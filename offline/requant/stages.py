@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from requant.checkpoint import save
 from requant.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
@@ -57,11 +57,7 @@ class Stages:
         copies = {
             key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
         }
-        try:
-            save_file(copies, partial, {"facts": json.dumps(facts)})
-        except SafetensorError as error:
-            partial.unlink(missing_ok=True)
-            raise InputError(f"{self._folder}: can not be written ({error})") from None
+        save(copies, partial, {"facts": json.dumps(facts)})
         os.replace(partial, path)
         return tensors, facts
 

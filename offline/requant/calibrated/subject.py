@@ -62,15 +62,15 @@ class Subject:
     def first_rounded(self, name: str, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The layer's weight, fp32 [N, K], as it is before any base; entries in ``mask`` keep their values."""
         weight = weight.to(self.network.device)
+        mask = None if mask is None else mask.to(weight.device)
         decoded = self.searched(weight, self.schemes[name].weights, mask)
-        return decoded if mask is None else torch.where(mask.to(weight.device), weight, decoded)
+        return decoded if mask is None else torch.where(mask, weight, decoded)
 
     def searched(self, weight: torch.Tensor, scheme: WeightScheme, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """``weight`` fp32 [N, K], rounded on searched ranges that pass over the entries in ``mask``; where the network
-        is, wherever it comes from."""
-        quantize, device = kmeans.quantize if scheme.codebook else clip.quantize, self.network.device
-        excluded = None if mask is None else mask.to(device)
-        return quantize(weight.to(device), scheme, dtype=self.dtype, excluded=excluded).dequantize()
+        """``weight`` fp32 [N, K], rounded where the network is, on searched ranges that pass over the entries in
+        ``mask``, which is there already."""
+        quantize = kmeans.quantize if scheme.codebook else clip.quantize
+        return quantize(weight.to(self.network.device), scheme, dtype=self.dtype, excluded=mask).dequantize()
 
     def nearest(self, weight: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
         """What many candidate schemes are compared by: without the search of ranges, which costs twentyfold."""
