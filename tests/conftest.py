@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none on this machine"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random tensors in every run, fixtures' too, whichever tests ran before in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def micro_llama() -> Path:
     """A trained 1.05 M parameter Llama in bfloat16."""

@@ -32,14 +32,14 @@ def test_ends_where_lloyds_algorithm_can_not_improve(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_is_close_to_the_best_of_many_random_starts(bits: int) -> None:
-    weight, importance = torch.randn(2, 60), torch.rand(2, 60)
+    weight, importance = torch.randn(2, 600), torch.rand(2, 600)
     dense = kmeans.quantize(weight, WeightScheme(bits, codebook=True), dtype=torch.float32, importance=importance)
     found = loss(weight, dense.codebook, importance)
     for row in range(2):
-        starts = [weight[row][torch.randperm(60)[: 2**bits]].double() for _ in range(6)]
+        starts = [weight[row][torch.randperm(600)[: 2**bits]].double() for _ in range(6)]
         levels = torch.stack([naive_row(weight[row].double(), importance[row].double(), s) for s in starts]).float()
         best = min(loss(weight[row : row + 1], one[None], importance[row : row + 1]) for one in levels)
-        assert float(found[row]) < 1.15 * float(best)
+        assert float(found[row]) < 1.1 * float(best)
 
 
 def test_excluded_entries_weigh_nothing_and_get_the_level_nearest_zero() -> None:

@@ -30,7 +30,6 @@ def test_what_is_trained_is_what_is_stored(symmetric: bool) -> None:
 
 
 def test_steps_learn_to_fit() -> None:
-    torch.manual_seed(0)
     weight, rounding = rescaled(WeightScheme(2, 32, False))
     optimizer = torch.optim.Adam(rounding.parameters(), lr=0.02)
     errors = []
