@@ -42,7 +42,7 @@ def test_groups_of_one_sign_are_trained_on_the_grid_that_is_stored(symmetric: bo
     weight = sign * (torch.rand(6, 96) + 0.5)
     rounding = rounding_of(weight, WeightScheme(3, 32, symmetric))
     assert torch.equal(rounding.forward(), rounding.quantized()[0].dequantize())
-    assert float((rounding.forward().detach() - weight).abs().max()) < 0.35
+    assert float((rounding.forward().detach() - weight).abs().max()) < 0.5
 
 
 def test_training_finds_roundings_that_compensate() -> None:
