@@ -71,7 +71,6 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def _prepare(self, weight: QuantizedLayer) -> None:
         self._prepared = self._dispatch.prepare(weight, self._dtype, self._device)
-        self._dispatch.warm_up(self._prepared, self._dtype, self._device, self._max_tokens)
         self._correction = weight.bias_correction
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -81,6 +80,9 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         self._finish_loading()
         tell_compile_cache(self._config, self.names, self._prepared)
+        own = getattr(layer, "bias", None) is not None  # which vLLM passes, or adds itself
+        biased = {self.scheme.bias_correction} | ({True} if own else set())
+        self._dispatch.warm_up(self._prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
         runtime = dict(self._prepared.tensors)
         self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them
         if self._correction is not None:

@@ -107,8 +107,9 @@ class Product:
     def _prepare(self, weight: QuantizedLayer) -> None:
         dispatch: Any = w8a8 if self._scheme.activations else dense_sparse
         self._prepared = dispatch.prepare(weight, self._dtype, self._device)
-        dispatch.warm_up(self._prepared, self._dtype, self._device, self._max_tokens)
         correction = weight.bias_correction
+        biased = [correction is not None]
+        dispatch.warm_up(self._prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
         self._correction = None if correction is None else correction.to(self._device, self._dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What both sets of Triton kernels ask of a device and of their inputs, and how they are compiled before serving."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from importlib.util import find_spec
 
 import torch
@@ -30,22 +30,30 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
 
 
 class WarmUp:
-    """Runs every kernel once that serving can reach, with and without a bias: none is compiled later. Layers of one
-    kind share their kernels: only the first of them runs."""
+    """Runs every kernel once that serving can reach: none is compiled later. Layers of one kind share their kernels:
+    only the first of them runs."""
 
     def __init__(self) -> None:
         self._warm: set[Hashable] = set()
 
     def run(
-        self, runs: Runs, prepared: Prepared, columns: int, *, regimes: Iterable[int], like: torch.Tensor, limit: int
+        self,
+        runs: Runs,
+        prepared: Prepared,
+        columns: int,
+        *,
+        regimes: Iterable[int],
+        like: torch.Tensor,
+        limit: int,
+        biased: Collection[bool],
     ) -> None:
         """regimes: the smallest count of tokens of each; those beyond ``limit`` are left out. like: dtype, device."""
         kind = (prepared.out_features, columns, *prepared.meta, like.dtype, like.device, limit)
-        if kind in self._warm:
-            return
-        self._warm.add(kind)
+        biases = {with_bias: like.new_zeros(prepared.out_features) if with_bias else None for with_bias in biased}
+        new = [bias for with_bias, bias in biases.items() if (*kind, with_bias) not in self._warm]
+        self._warm.update((*kind, with_bias) for with_bias in biased)
         for tokens in regimes:
             if tokens <= limit:
                 x = like.new_zeros(tokens, columns)
-                for bias in (None, x.new_zeros(prepared.out_features)):
+                for bias in new:
                     runs.apply(x, list(prepared.tensors.values()), bias, prepared.out_features, list(prepared.meta))

@@ -1,5 +1,6 @@
 """What a layer that has been laid out for running is, and what runs it, whichever operation it belongs to."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +39,9 @@ class Runs(Protocol):
         """x [M, K] contiguous -> [M, N] of x's dtype. No host synchronisation; branches on shapes only."""
         ...
 
-    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
-        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach; by default there is nothing."""
+    def warm_up(
+        self, prepared: Prepared, dtype: torch.dtype, device: torch.device, *, limit: int, biased: Collection[bool]
+    ) -> None:
+        """Compiles whatever serving ``prepared`` with up to ``limit`` tokens can reach, by default nothing. biased:
+        whether it gets a bias, doesn't, or both."""
         return None

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from requant_kernels import reference
+from requant_kernels.dense_sparse import dispatch
 from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.rounding.layer import round_layer
@@ -80,6 +81,20 @@ def test_a_plain_layer(kind):
     layer, weight = build(kind, K, 96), stored(96)
     load(layer, weight)
     assert_computes(layer, weight)
+
+
+@pytest.mark.parametrize(
+    ("bias", "correction", "expected"),
+    [(False, False, {False}), (True, False, {False, True}), (False, True, {True}), (True, True, {True})],
+)
+def test_only_what_serving_reaches_is_warmed_up(bias, correction, expected, monkeypatch):
+    scheme = replace(SCHEME, bias_correction=correction)
+    layer = build(ReplicatedLinear, K, 96, scheme=scheme, bias=bias)
+    load(layer, stored(96, scheme=scheme))
+    seen = []
+    monkeypatch.setattr(dispatch, "warm_up", lambda *_, biased, **__: seen.append(biased))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize("scheme", W8A8, ids=lambda scheme: str(scheme.activations))

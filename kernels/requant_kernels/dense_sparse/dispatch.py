@@ -1,5 +1,7 @@
 """Which implementation runs a layer: the first that can, in a fixed order, decided once at load time."""
 
+from collections.abc import Collection
+
 import torch
 
 from requant_kernels.choice import first_able
@@ -30,9 +32,11 @@ def prepare(weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device)
     return choose(config).prepare(weight, config)
 
 
-def warm_up(prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+def warm_up(
+    prepared: Prepared, dtype: torch.dtype, device: torch.device, *, limit: int, biased: Collection[bool]
+) -> None:
     """Compiles now what serving ``prepared`` with up to ``limit`` tokens can reach: nothing is compiled later."""
-    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit)
+    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit=limit, biased=biased)
 
 
 def _kind(config: LayerConfig) -> str:

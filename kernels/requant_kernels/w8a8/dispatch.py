@@ -1,5 +1,7 @@
 """Which implementation runs a W8A8 layer, decided once at load time."""
 
+from collections.abc import Collection
+
 import torch
 
 from requant_kernels.choice import first_able
@@ -36,9 +38,11 @@ def prepare(weight: W8A8Weight, dtype: torch.dtype, device: torch.device) -> Pre
     return first_able(IMPLEMENTATIONS.values(), config, _kind(config)).prepare(weight, config)
 
 
-def warm_up(prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+def warm_up(
+    prepared: Prepared, dtype: torch.dtype, device: torch.device, *, limit: int, biased: Collection[bool]
+) -> None:
     """Compiles now what serving ``prepared`` with up to ``limit`` tokens can reach: nothing is compiled later."""
-    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit)
+    IMPLEMENTATIONS[prepared.implementation].warm_up(prepared, dtype, device, limit=limit, biased=biased)
 
 
 def _kind(config: LayerConfig) -> str:

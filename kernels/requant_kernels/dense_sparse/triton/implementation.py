@@ -1,5 +1,6 @@
 """The Triton kernels as an implementation that dispatch can choose. Importing this needs no GPU and no triton."""
 
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -51,11 +52,13 @@ class Triton(Implementation):
     def _table_of(self, device: torch.device) -> Table:
         return self._table or table_of(device)
 
-    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+    def warm_up(
+        self, prepared: Prepared, dtype: torch.dtype, device: torch.device, *, limit: int, biased: Collection[bool]
+    ) -> None:
         layer = _layer(prepared.meta)
         regimes = self._table_of(device).regimes(layer.bits, layer.kind == CODEBOOK)
         like = torch.empty(0, dtype=dtype, device=device)
-        self._warm_up.run(self, prepared, layer.in_features, regimes=regimes, like=like, limit=limit)
+        self._warm_up.run(self, prepared, layer.in_features, regimes=regimes, like=like, limit=limit, biased=biased)
 
 
 @cache

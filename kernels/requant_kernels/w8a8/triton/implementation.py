@@ -1,5 +1,7 @@
 """The Triton kernels as an implementation that dispatch can choose. Importing this needs no GPU and no triton."""
 
+from collections.abc import Collection
+
 import torch
 
 from requant_kernels import gpu
@@ -47,8 +49,10 @@ class Triton(Implementation):
     def _table_of(self, device: torch.device) -> Table:
         return self._table or table_of(device)
 
-    def warm_up(self, prepared: Prepared, dtype: torch.dtype, device: torch.device, limit: int) -> None:
+    def warm_up(
+        self, prepared: Prepared, dtype: torch.dtype, device: torch.device, *, limit: int, biased: Collection[bool]
+    ) -> None:
         rows, columns = prepared.tensors["weight"].shape
         regimes = self._table_of(device).regimes(rows, columns)
         like = torch.empty(0, dtype=dtype, device=device)
-        self._warm_up.run(self, prepared, columns, regimes=regimes, like=like, limit=limit)
+        self._warm_up.run(self, prepared, columns, regimes=regimes, like=like, limit=limit, biased=biased)
