@@ -3,7 +3,7 @@
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED = SpecifierSet(">=0.30,<0.33")
+SUPPORTED = SpecifierSet(">=0.30,<0.34")
 
 
 def check_version(version: str) -> None:

@@ -36,12 +36,12 @@ def test_registering_imports_nothing_heavy():
     assert not heavy
 
 
-@pytest.mark.parametrize("version", ["0.30.0", "0.32.0+cpu", "0.32.3.dev1+g123"])
+@pytest.mark.parametrize("version", ["0.30.0", "0.32.0+cpu", "0.32.3.dev1+g123", "0.33.0"])
 def test_a_tested_vllm_is_accepted(version):
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.29.2", "0.33.0", "1.0", "dev"])
+@pytest.mark.parametrize("version", ["0.29.2", "0.34.0", "1.0", "dev"])
 def test_another_vllm_is_refused_in_one_line(version):
     with pytest.raises(
         RuntimeError, match=rf"^vllm-requant is tested with vLLM .* and refuses vLLM {version}"
