@@ -1,8 +1,8 @@
 """Every base quantizer, alone and with the sparse part of ReQuant, on one model at one protocol.
 
     python benchmarks/peers.py MODEL --text TEST [--text FOREIGN] --calibration OTHER [--seqlen 1024] [--tokens 8192]
-        [--group-size 64] [--bits 4,3,2] [--methods rtn,gptq,awq,kmeans,learned,distilled] [--parts dense,sparse]
-        [--recipe FILE] [--json FILE]
+        [--group-size 64] [--symmetric] [--bits 4,3,2] [--methods rtn,gptq,awq,kmeans,learned,distilled]
+        [--parts dense,sparse] [--recipe FILE] [--json FILE]
 
 Prints a Markdown table: true bits a weight, perplexity in float32 on each text, wall time and peak memory of
 quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned",
@@ -40,8 +40,9 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         preset = replace(preset, calibration=replace(preset.calibration, text=arguments.calibration))
         for method in arguments.methods:
             for part in arguments.parts:
-                recipe = recipe_of(preset, method, WeightScheme(bits, arguments.group_size, symmetric=False), part)
-                yield Job(f"W{bits} {method}" + " + ReQuant" * (part == "sparse"), protocol, recipe)
+                scheme = WeightScheme(bits, arguments.group_size, symmetric=arguments.symmetric)
+                name = f"W{bits} {method}" + ", symmetric" * arguments.symmetric + " + ReQuant" * (part == "sparse")
+                yield Job(name, protocol, recipe_of(preset, method, scheme, part))
 
 
 def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> Recipe:
@@ -58,6 +59,7 @@ def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments_of.parser(__doc__)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 3, 2])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
