@@ -81,7 +81,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._finish_loading()
         tell_compile_cache(self._config, self.names, self._prepared)
         own = getattr(layer, "bias", None) is not None  # which vLLM passes, or adds itself
-        biased = {self.scheme.bias_correction} | ({True} if own else set())
+        biased = {self.scheme.bias_correction, self.scheme.bias_correction or own}
         self._dispatch.warm_up(self._prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
         runtime = dict(self._prepared.tensors)
         self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them

@@ -34,7 +34,7 @@ class WarmUp:
     only the first of them runs."""
 
     def __init__(self) -> None:
-        self._warm: set[Hashable] = set()
+        self._warm: set[tuple[Hashable, bool]] = set()
 
     def run(
         self,
@@ -49,11 +49,13 @@ class WarmUp:
     ) -> None:
         """regimes: the smallest count of tokens of each; those beyond ``limit`` are left out. like: dtype, device."""
         kind = (prepared.out_features, columns, *prepared.meta, like.dtype, like.device, limit)
-        biases = {with_bias: like.new_zeros(prepared.out_features) if with_bias else None for with_bias in biased}
-        new = [bias for with_bias, bias in biases.items() if (*kind, with_bias) not in self._warm]
-        self._warm.update((*kind, with_bias) for with_bias in biased)
+        cold = {(kind, with_bias) for with_bias in biased} - self._warm
+        self._warm |= cold
+        if not cold:
+            return
         for tokens in regimes:
             if tokens <= limit:
                 x = like.new_zeros(tokens, columns)
-                for bias in new:
+                for _, with_bias in cold:
+                    bias = x.new_zeros(prepared.out_features) if with_bias else None
                     runs.apply(x, list(prepared.tensors.values()), bias, prepared.out_features, list(prepared.meta))
