@@ -39,14 +39,14 @@ def test_what_is_trained_is_what_is_stored(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_groups_of_one_sign_are_trained_on_the_grid_that_is_stored(symmetric: bool, sign: int) -> None:
-    weight = sign * (torch.rand(6, 96) + 0.5)
+    weight = sign * (torch.rand(6, 96, generator=torch.Generator().manual_seed(1)) + 0.5)
     rounding = rounding_of(weight, WeightScheme(3, 32, symmetric))
     assert torch.equal(rounding.forward(), rounding.quantized()[0].dequantize())
-    assert float((rounding.forward().detach() - weight).abs().max()) < 0.5
+    assert float((rounding.forward().detach() - weight).abs().max()) < 0.35
 
 
 def test_training_finds_roundings_that_compensate() -> None:
-    weight, x = torch.randn(64, 64), torch.randn(200, 64) @ (torch.eye(64) + torch.randn(64, 64) / 8)
+    weight, x = torch.randn(8, 64), torch.randn(200, 64) @ (torch.eye(64) + torch.randn(64, 64) / 8)
     rounding = rounding_of(weight, WeightScheme(2, 32, False))
 
     def loss() -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_training_finds_roundings_that_compensate() -> None:
         loss().backward()
         optimizer.step()
         rounding.project()
-    assert float(loss().detach()) < 0.95 * before
+    assert float(loss().detach()) < 0.8 * before
 
 
 def test_gradients_reach_every_parameter() -> None:
