@@ -34,14 +34,14 @@ PARTS = ("dense", "sparse")
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
-    protocol = arguments_of.protocol(arguments)
+    protocol, symmetric = arguments_of.protocol(arguments), ", symmetric" * arguments.symmetric
     for bits in arguments.bits:
         preset = load_recipe(arguments.recipe or f"requant-w{bits}")
         preset = replace(preset, calibration=replace(preset.calibration, text=arguments.calibration))
+        scheme = WeightScheme(bits, arguments.group_size, symmetric=arguments.symmetric)
         for method in arguments.methods:
             for part in arguments.parts:
-                scheme = WeightScheme(bits, arguments.group_size, symmetric=arguments.symmetric)
-                name = f"W{bits} {method}" + ", symmetric" * arguments.symmetric + " + ReQuant" * (part == "sparse")
+                name = f"W{bits} {method}" + symmetric * (method not in CODEBOOK) + " + ReQuant" * (part == "sparse")
                 yield Job(name, protocol, recipe_of(preset, method, scheme, part))
 
 
