@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 4, 8, 16, 32, 64, 128, 256)  # tokens up to which a tile may serve
+ENDS = (1, 4, 8, 16, 32, 64, 128)  # tokens up to which a tile may serve
 BITS = 4
 SCHEME = (BITS, 128, 0.005)
 OTHER_BITS = (2, 3, 8)
@@ -35,21 +35,24 @@ SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer
 
 def candidates(up_to: int, processors: int) -> Iterator[Tile]:
     """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel from 16 on."""
-    if up_to <= 32:
-        shared = [(strips, k_warps, max(4, k_warps), 2) for strips, k_warps in product((1, 2, 4), (2, 4, 8))]
-        alone = [(4, 1, 4, 2), (8, 1, 8, 1)]  # a warp for each strip
-        for (strips, k_warps, warps, least), stages, waves in product([*shared, *alone], (3, 4), (1, 2)):
-            yield Tile("few", up_to, up_to, strips, warps, stages, least * waves * processors, k_warps)
+    if up_to == 1:
+        for (k_warps, stages), waves in product(((4, 3), (4, 2), (2, 3), (4, 4)), (2, 4, 8)):
+            yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
+    elif up_to <= 32:
+        tokens = sorted({max(4, up_to), max(8, up_to)})
+        shapes_of = ((8, 1, 8), (4, 1, 4), (2, 4, 4), (1, 4, 4), (2, 2, 2))  # strips, k_warps, warps
+        for count, (strips, k_warps, warps), stages, waves in product(tokens, shapes_of, (3,), (1, 2, 4)):
+            yield Tile("few", up_to, count, strips, warps, stages, waves * processors, k_warps)
     if up_to >= 16:
         for tokens, (strips, warps), stages, waves in product(
-            sorted({min(up_to, 64), min(up_to, 128)}), ((4, 4), (8, 8)), (2, 3, 4), (1, 2)
+            sorted({min(up_to, 32), min(up_to, 64)}), ((4, 4), (8, 8)), (2, 3), (1, 2, 4)
         ):
             yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors)
 
 
-def only(tile: Tile | None, decode: Decode) -> Table:
-    """A table that runs ``tile``, or decodes and multiplies without one."""
-    return Table((), "candidate", (tile,) if tile else (), decode)
+def only(tile: Tile | None, in_use: Table, decode: Decode | None = None) -> Table:
+    """A table that runs ``tile``, or decodes and multiplies without one; the rest as ``in_use``."""
+    return replace(in_use, tiles=(tile,) if tile else (), decode=decode or in_use.decode)
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,19 @@ class Stand:
         return total
 
 
-def run_once(tile: Tile, decode: Decode, setting: Setting) -> None:
+def run_once(tile: Tile, in_use: Table, setting: Setting) -> None:
     """Compiles both variants of ``tile``, with the columns whole and split."""
     weight = layers.random_weight(SMALL, *SCHEME, setting)
     for programs in (1, 10**6):
-        implementation = Triton(only(replace(tile, programs=programs), decode))
+        implementation = Triton(only(replace(tile, programs=programs), in_use))
         prepared = layers.prepare(implementation, weight, setting)
         layers.run_once(implementation, prepared, SMALL, (tile.up_to,), setting)
 
 
-def runnable(tiles: Sequence[Tile], decode: Decode, setting: Setting, seconds: float) -> list[Tile]:
+def runnable(tiles: Sequence[Tile], in_use: Table, setting: Setting, seconds: float) -> list[Tile]:
     """Those that compile and run, by all workers together, in about ``seconds``; the reasons of others are printed."""
     unique = list(dict.fromkeys(replace(tile, programs=1) for tile in tiles))
-    tasks = [partial(run_once, tile, decode, setting) for tile in unique]
+    tasks = [partial(run_once, tile, in_use, setting) for tile in unique]
     failures = dict(zip(unique, compile_all(tasks, workers(setting.device), setting.device, seconds), strict=True))
     for failure, count in Counter(filter(None, failures.values())).items():
         print(f"  {count} of {len(unique)} candidates do not run: {failure}")
@@ -123,23 +126,23 @@ def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float)
     tiles = [tile for up_to in ENDS for tile in candidates(up_to, _processors(setting.device))]
     if setting.device.type == "cuda":
         begun = time.monotonic()
-        tiles = runnable(tiles, in_use.decode, setting, (deadline - begun) / 2)
+        tiles = runnable(tiles, in_use, setting, (deadline - begun) / 2)
         print(f"compiled in {time.monotonic() - begun:.0f} s")
     measured = [Layer.of(shape, setting) for shape in shapes]
-    decode = _fastest_decode(Stand(measured, DECODED_TOKENS, setting), in_use.decode)
+    decode = _fastest_decode(Stand(measured, DECODED_TOKENS, setting), in_use)
     chosen: list[Tile] = []
     sound = True
     for up_to in ENDS:
         stand = Stand(measured, up_to, setting)
         baseline = stand.time(in_use)
-        times: dict[Tile | None, float] = {None: stand.time(only(None, decode))}
+        times: dict[Tile | None, float] = {None: stand.time(only(None, in_use, decode))}
         of_the_table = in_use.tile(up_to, BITS, False)
         own = [replace(of_the_table, up_to=up_to, bits=None, codebook=None)] if of_the_table else []
         for tile in dict.fromkeys([*own, *(tile for tile in tiles if tile.up_to == up_to)]):
             if time.monotonic() > deadline:
                 print(f"{up_to:>5} tokens and more: not decided, the time was used up")
                 return 0 if chosen and sound else 1
-            times[tile] = stand.time(only(tile, decode))
+            times[tile] = stand.time(only(tile, in_use, decode))
         best = min(times, key=lambda tile: times[tile])
         sound = sound and baseline < float("inf")
         print(
@@ -154,12 +157,13 @@ def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float)
     return 0 if sound else 1
 
 
-def _fastest_decode(stand: Stand, in_use: Decode) -> Decode:
-    """``in_use`` with the workspace that is best for many tokens."""
-    sizes = dict.fromkeys([in_use.workspace_mib, *WORKSPACES])
-    times = {mib: stand.time(only(None, replace(in_use, workspace_mib=mib))) for mib in sizes}
+def _fastest_decode(stand: Stand, in_use: Table) -> Decode:
+    """``in_use``'s with the workspace that is best for many tokens."""
+    sizes = dict.fromkeys([in_use.decode.workspace_mib, *WORKSPACES])
+    ways = {mib: replace(in_use.decode, workspace_mib=mib) for mib in sizes}
+    times = {mib: stand.time(only(None, in_use, decode)) for mib, decode in ways.items()}
     print("workspace: " + ", ".join(f"{mib} MiB {micros:.1f} us" for mib, micros in times.items()))
-    return replace(in_use, workspace_mib=min(times, key=lambda mib: times[mib]))
+    return ways[min(times, key=lambda mib: times[mib])]
 
 
 def table_data(tiles: Sequence[Tile], decode: Decode, in_use: Table, name: str, *, ended: bool) -> dict[str, Any]:
@@ -169,6 +173,7 @@ def table_data(tiles: Sequence[Tile], decode: Decode, in_use: Table, name: str, 
     rest = [part for tile in in_use.tiles for part in (_others(tile) if ended else (tile,))]
     return {
         "names": [name],
+        "pdl": in_use.pdl,
         "source": f"measured by benchmarks/kernels.py --tune on {name}, triton {_triton_version()}; "
         f"what is not bits [{BITS}] and codebook false, or beyond it, from the table before: {in_use.source}",
         "tiles": [{key: value for key, value in asdict(tile).items() if value is not None} for tile in [*tuned, *rest]],

@@ -13,7 +13,7 @@ from requant_kernels.scheme import LayerScheme, WeightScheme
 
 TILE = {"kernel": "few", "up_to": 8, "tokens": 8, "strips": 1, "warps": 4, "stages": 3, "programs": 100, "k_warps": 4}
 DECODE = {"strips": 1, "k_warps": 4, "warps": 4, "stages": 2, "workspace_mib": 32}
-TABLE = {"names": ["X1"], "source": "test", "tiles": [TILE], "decode": DECODE}
+TABLE = {"names": ["X1"], "source": "test", "pdl": True, "tiles": [TILE], "decode": DECODE}
 CONFIG = LayerConfig(
     LayerScheme(WeightScheme(4, 64)), 64, 128, 64, 0, torch.bfloat16, torch.bfloat16, torch.device("cuda")
 )
@@ -52,6 +52,7 @@ def test_the_device_name_chooses_the_table(device, name):
         ({"kernel": "fast"}, "'fast' is not 'few' or 'middle'"),
         ({"up_to": 9}, "8 tokens do not hold up_to 9"),
         ({"kernel": "middle"}, "k_warps must be 1"),
+        ({"tokens": 1, "up_to": 1, "strips": 2}, "a warp for each strip"),
         ({"blocks": 3}, "unknown key 'blocks'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -16,7 +16,7 @@ from requant_kernels.dense_sparse.triton.table import Decode, Tile, parse, table
 from benchmarks.kernel_timing import layers, shapes, tuning
 
 WRONG = 99  # stages, which the interpreter does not look at
-FEW = Tile("few", up_to=1, tokens=1, strips=8, warps=4, stages=2, programs=1, k_warps=2)
+FEW = Tile("few", up_to=1, tokens=1, strips=8, warps=8, stages=2, programs=1)
 MIDDLE = Tile("middle", up_to=20, tokens=32, strips=8, warps=4, stages=2, programs=1)
 
 

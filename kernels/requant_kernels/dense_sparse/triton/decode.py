@@ -31,20 +31,21 @@ def load_rows(ptr, stride, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _word(ptr, S: tl.constexpr, KW: tl.constexpr):
-    return tl.reshape(tl.load(ptr), (S, KW, 8, 4, 2, 2))
+def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
+    return tl.reshape(tl.load(ptr, mask=live, other=0), (S, KW, 8, 4, 2, 2))
 
 
 @triton.jit
-def load_words(ptr, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
-    """The words of one block; ``ptr`` is int32* [S * KW, 128] at the first of its BITS sets."""
+def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """The words of one block; ``ptr`` is int32* [S * KW, 128] at the first of its BITS sets. Nothing is read, and the
+    words are zero, where ``live`` is false."""
     if BITS == 1:
-        return (_word(ptr, S, KW),)
+        return (_word(ptr, live, S, KW),)
     elif BITS == 3:
-        return load_words(ptr, 1, S, KW) + load_words(ptr + 128, 2, S, KW)
+        return load_words(ptr, live, 1, S, KW) + load_words(ptr + 128, live, 2, S, KW)
     else:
         HALF: tl.constexpr = BITS // 2
-        return load_words(ptr, HALF, S, KW) + load_words(ptr + HALF * 128, HALF, S, KW)
+        return load_words(ptr, live, HALF, S, KW) + load_words(ptr + HALF * 128, live, HALF, S, KW)
 
 
 @triton.jit
@@ -113,50 +114,72 @@ def _halves(pair, DT: tl.constexpr):
 
 
 @triton.jit
-def _plane(words, levels, PLANE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+def _plane(
+    words, levels, exponent, PLANE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
     """Plane PLANE of a block, [S, KW, 8, 4, 2, 2, 2]: levels, or codes as DT before they are centred.
 
     A code in the mantissa under a fixed exponent is a float without a conversion: bfloat16 1 + code / 2**BITS,
-    float16 1024 + code. 8 bits do not fit bfloat16's mantissa and take the same way through float32.
+    float16 1024 + code. 8 bits do not fit bfloat16's mantissa and take the same way through float32. ``exponent`` is
+    ``exponent_bits`` of layout's dtype as an argument of the kernel: of two constants in one instruction the compiler
+    would make two instructions.
     """
     if KIND == CODEBOOK:
         pair = _codes(words, PLANE, BITS, 0)
         return _halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
     elif tl.float16 == DT:
-        return _halves(_codes(words, PLANE, BITS, 0) | 0x64006400, DT)
+        return _halves(_codes(words, PLANE, BITS, 0) | exponent, DT)
     elif BITS == 8:
         pair = _codes(words, PLANE, BITS, 0)
         codes = tl.join(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
         return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     else:
-        return _halves(_codes(words, PLANE, BITS, 7 - BITS) | 0x3F803F80, DT)
+        return _halves(_codes(words, PLANE, BITS, 7 - BITS) | exponent, DT)
 
 
 @triton.jit
 def _planes(
-    words, levels, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+    words, levels, exponent, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
     BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order."""
     if COUNT == 1:
-        return _plane(words, levels, FIRST, BITS, KIND, DT)
+        return _plane(words, levels, exponent, FIRST, BITS, KIND, DT)
     else:
-        even = _planes(words, levels, FIRST, 2 * STEP, COUNT // 2, BITS, KIND, DT)
-        odd = _planes(words, levels, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, KIND, DT)
+        even = _planes(words, levels, exponent, FIRST, 2 * STEP, COUNT // 2, BITS, KIND, DT)
+        odd = _planes(words, levels, exponent, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, KIND, DT)
         return tl.join(even, odd)
 
 
 @triton.jit
 def tile(
-    words, levels, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
-    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+    words, levels, exponent, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
 ):  # fmt: skip
-    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values."""
-    p = _planes(words, levels, FIRST, 1, PLANES, BITS, KIND, DT)
-    # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
-    p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
-    p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))
+    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values.
+
+    With QUADS the columns are in the order of ``quads``.
+    """
+    p = _planes(words, levels, exponent, FIRST, 1, PLANES, BITS, KIND, DT)
+    if QUADS and PLANES > 1:
+        # strip, kw, g, t, kh, rh, half, pair, plane of it -> kw, (strip, rh, g), (pair, kh, t, plane of it, half)
+        p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES // 2, 2))
+        p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 8, 6))
+    else:
+        # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
+        p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
+        p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))
     return tl.reshape(p, (KW, 16 * S, 16 * PLANES))
+
+
+@triton.jit
+def quads(x, B: tl.constexpr, SPAN: tl.constexpr, TOKENS: tl.constexpr):
+    """x [B, SPAN, TOKENS] with its columns so that a thread's two columns of a plane are next to those of the next one:
+    four in a row are how Triton hands the operands of ``mma`` to threads where weights are joined of halves."""
+    if SPAN > 16:
+        x = tl.reshape(x, (B, SPAN // 32, 2, 2, 4, 2, TOKENS))  # pair of planes, plane of it, kh, t, half
+        x = tl.permute(x, (0, 1, 3, 4, 2, 5, 6))
+    return tl.reshape(x, (B, SPAN, TOKENS))
 
 
 @triton.jit
@@ -175,15 +198,23 @@ def group_scale(scales, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexp
 
 
 @triton.jit
+def midpoint(scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """What ``tile`` gives for the zero point of the block's group GROUP: DT [KW, R], or a number for all rows."""
+    if KIND == ASYMMETRIC:
+        return half_bits(scales[GROUP], 1, DT)
+    elif tl.float16 == DT:
+        return 1024.0 + (1 << (BITS - 1))
+    else:
+        return 128.0 if BITS == 8 else 1.5
+
+
+@triton.jit
 def centred(
     values, scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
 ):  # fmt: skip
     """(code - zero point) in units of layout.py's ``unit``, exact in DT: values [KW, R, columns] from ``tile``."""
+    zero = midpoint(scales, GROUP, BITS, KIND, DT)
     if KIND == ASYMMETRIC:
-        return (values - half_bits(scales[GROUP], 1, DT)[:, :, None]).to(DT)
-    elif tl.float16 == DT:
-        return values - (1024.0 + (1 << (BITS - 1)))
-    elif BITS == 8:
-        return (values - 128.0).to(DT)
+        return (values - zero[:, :, None]).to(DT)
     else:
-        return values - 1.5
+        return (values - zero).to(DT)

@@ -1,6 +1,6 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0915, PLR0917
+# ruff: noqa: PLR0912, PLR0915, PLR0917
 """Few tokens: bound by memory. The warps of a program split the columns among them, programs split rows (and columns).
 
 Each group of warps multiplies its own blocks of columns by its own slice of x (a batched product on the tensor cores)
@@ -9,6 +9,7 @@ and walks its own share of the sparse entries; the partial sums meet once, in th
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
@@ -18,48 +19,42 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_levels,
     load_rows,
     load_words,
+    midpoint,
+    quads,
     tile,
 )
-from requant_kernels.dense_sparse.triton.gather import onehot_rows
+from requant_kernels.dense_sparse.triton.gather import (
+    add_products,
+    fetch_slots,
+    gather_parts,
+    most_chunks,
+    multiply_lists,
+    no_products,
+    parts_of,
+    rows_of_slots,
+)
 
 
-@triton.jit
-def _sparse(
-    x_ptr, entries_ptr, segments_ptr, bounds_ptr, first_list, part, parts, M, K,
-    TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, DT: tl.constexpr,
-):  # fmt: skip
-    """Products of x with the entries of S lists, shared out among ``parts`` * KW: fp32 [S * KW, 16, TOKENS]."""
-    t = tl.arange(0, S * KW)
-    m = tl.arange(0, TOKENS)
-    bounds = bounds_ptr + 2 * (first_list + t // KW)
-    chunk = tl.load(bounds) + part * KW + t % KW
-    end = tl.load(bounds + 1)
-    acc = tl.zeros((S * KW, 16, TOKENS), tl.float32)
-    for _ in range(tl.cdiv(tl.max(end - chunk), parts * KW)):
-        rows, columns, used = onehot_rows(entries_ptr, segments_ptr, chunk, end, DT)
-        x = tl.load(
-            x_ptr + m[None, None, :] * K + columns[:, :, None],
-            mask=used[:, :, None] & (m < M)[None, None, :],
-            other=0.0,
-        )
-        acc = tl.dot(rows, x, acc)
-        chunk += parts * KW
-    return acc
-
-
-@triton.jit(do_not_specialize=["M", "blocks", "strips"], do_not_specialize_on_alignment=["bias_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
+)
 def few_kernel(
-    x_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, entries_ptr, segments_ptr, bounds_ptr,
-    M, N, K, blocks, strips, width, scale_step,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SPARSE: tl.constexpr, BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
+    M, N, K, blocks, strips, width, scale_step, exponent, depth,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
+    Q: tl.constexpr, BIAS: tl.constexpr,
+    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
+    QUADS: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; with PARTIAL this program's share of it, fp32.
 
     Grid (lists / S, splits of the columns). Lists beyond ``strips`` are the overflow of crowded strips (layout.py):
     they have no dense part, and their sums go to columns of ``out`` beyond N, which ``reduce_kernel`` adds back.
     out: DT [M, N], or fp32 [splits, M, 16 * lists] with PARTIAL. scales: int32 words [.., width], or the levels.
+    xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns.
     """
+    if PDL:
+        gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
@@ -67,6 +62,8 @@ def few_kernel(
     # batched product over the batch alone, and would have all of them compute all rows of a batch of one.
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
+    AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
+    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
     split = tl.program_id(1)
     splits = tl.num_programs(1)
@@ -78,7 +75,7 @@ def few_kernel(
     share = tl.cdiv(tl.cdiv(blocks, splits), KW) * KW
     lo = split * share
     hi = tl.where(first < strips, tl.minimum(blocks, lo + share), lo)
-    limit = tl.minimum(K, hi * 256)
+    last = tl.minimum(K, hi * 256)
     strip = tl.where(first < strips, first, 0)  # overflow lists decode nothing, but must not prefetch out of bounds
     words_at = codes_ptr + ((strip + t // KW).to(tl.int64) * blocks + lo + t % KW)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
@@ -89,28 +86,71 @@ def few_kernel(
         levels = load_levels(scales_ptr + strip * 16, width, BITS, S)
     else:
         scales = load_rows(scales_at + (tl.minimum(lo + kw, blocks - 1) * scale_step)[:, None], width, WORDS)
+    words = ()
+    if AHEAD:
+        words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
+    limit = tl.minimum(depth, hi * Q)
+    if SLOTS:
+        slots = fetch_slots(slots_ptr, strip + t // KW, (lo + t % KW) * Q, depth, limit, Q)
+        products = no_products(S * KW, Q, TOKENS)
+    if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
+        most = most_chunks(bounds_ptr, first, S)
+    if PDL:
+        gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     acc = tl.zeros((BATCH, ROWS, TOKENS), tl.float32)
     for block in range(lo, hi, KW):
-        words = load_words(words_at, BITS, S, KW)
-        words_at += KW * BITS * 128
+        if AHEAD:
+            now_words = words
+            words_at += KW * BITS * 128
+            words = load_words(words_at, (block + KW + t % KW < hi)[:, None], BITS, S, KW)
+        else:
+            now_words = load_words(words_at, (block + t % KW < hi)[:, None], BITS, S, KW)
+            words_at += KW * BITS * 128
+        if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
+            now_slots = slots
+            steps = (block + KW + t % KW) * Q
+            slots = fetch_slots(slots_ptr, strip + t // KW, steps, depth, limit, Q)
+            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS)
         now = scales
-        if KIND != CODEBOOK:  # fetched an iteration ahead, because no asynchronous copy covers these loads
+        if KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
             scales = load_rows(scales_at + ahead[:, None], width, WORDS)
         for part in tl.static_range(256 // SPAN):
             k = (block + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
-            x = tl.load(x_ptr + m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < limit), other=0.0)
-            x = tl.broadcast_to(tl.permute(x, (0, 2, 1)), (BATCH, SPAN, TOKENS))
-            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT)
+            x = tl.load(x_ptr + m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < last), other=0.0)
+            x = tl.permute(x, (0, 2, 1))
+            if QUADS:
+                x = quads(x, KW, SPAN, TOKENS)
+            x = tl.broadcast_to(x, (BATCH, SPAN, TOKENS))
+            w = tile(now_words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
             if KIND == CODEBOOK:
                 acc = tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x, acc)
             else:
-                w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
                 step = tl.reshape(group_scale(now, part * SPAN // GROUP, KIND, DT), (BATCH, ROWS, 1))
-                acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
-    if SPARSE:
-        sums = _sparse(x_ptr, entries_ptr, segments_ptr, bounds_ptr, first, split, splits, M, K, TOKENS, S, KW, DT)
+                if UNCENTRED:
+                    total = tl.dot(tl.full((BATCH, ROWS, SPAN), 1.0, DT), x)
+                    zero = midpoint(now, part * SPAN // GROUP, BITS, KIND, DT)
+                    if KIND == ASYMMETRIC:
+                        zero = tl.reshape(zero, (BATCH, ROWS, 1)).to(tl.float32)
+                    acc += (tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) - zero * total) * step.to(tl.float32)
+                else:
+                    w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
+                    acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
+        if SLOTS:
+            products = add_products(products, gathered, now_slots, TOKENS, DT)
+    if SLOTS or LISTS:
+        if SLOTS:
+            sums = rows_of_slots(products, 0, 1, parts_of(TOKENS), S * KW)
+        else:
+            sums = tl.zeros((S * KW, 16, TOKENS), tl.float32)
+        if LISTS:
+            if BITS == 2:
+                most = most_chunks(bounds_ptr, first, S)
+            sums = multiply_lists(
+                sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
+                splits * KW, m, M, K, TOKENS, TOKENS, DT,
+            )  # fmt: skip
         if KW > 1:
             sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))
         acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))

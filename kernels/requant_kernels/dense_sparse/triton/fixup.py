@@ -5,11 +5,15 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["M"])
-def transpose_kernel(x_ptr, xt_ptr, M, K, stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
+def transpose_kernel(x_ptr, xt_ptr, M, K, stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
     """xt [K, stride] = x [M, K]^T, zero in columns M to stride. Grid (stride / TOKENS, ceil(K / COLUMNS))."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (k < K)[None, :]
@@ -21,12 +25,16 @@ def transpose_kernel(x_ptr, xt_ptr, M, K, stride, TOKENS: tl.constexpr, COLUMNS:
 def reduce_kernel(
     partial_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, lists, splits,
     BIAS: tl.constexpr, OVERFLOW: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out DT [M, N] = sums over ``splits`` <= SPLITS of partial fp32 [splits, M, 16 * lists], plus bias.
 
     With OVERFLOW, lists [strips + overflow[s], strips + overflow[s + 1]) belong to strip s too and are added in that
     order. Grid (ceil(N / COLUMNS), M). Every sum has one order: the same input gives the same bits.
     """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1)
     live = n < N

@@ -1,9 +1,9 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-"""The sparse part inside a kernel: a chunk of 32 entries of 16 rows becomes one small product.
+# ruff: noqa: PLR0917
+"""The sparse part inside a kernel, summed up in a fixed order: slots (slots.py), then lists (lists.py). No atomics.
 
-Entries are int32 words (lists.py): column in bits 0-11, relative to the chunk's segment; row of the strip in bits
-12-15; the value's 16 bits above. Row selection is a one-hot matrix, so sums run in a fixed order without atomics.
+x is not read for empty slots and padding: it may hold infinities.
 """
 
 import triton
@@ -13,17 +13,113 @@ from requant_kernels.dense_sparse.triton.decode import half_bits
 
 
 @triton.jit
-def onehot_rows(entries_ptr, segments_ptr, chunk, end, DT: tl.constexpr):
-    """Chunk numbers [T], and their lists' ends [T] -> values DT [T, 16, 32], columns int32 and used bool [T, 32].
+def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
+    """int32 [L, Q, 32]: Q steps from ``step`` [L] on of strips ``strip`` [L]; zero from ``limit`` on."""
+    steps = step[:, None] + tl.arange(0, Q)[None, :]
+    at = (strip[:, None] * depth + steps)[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+    return tl.load(slots_ptr + at, mask=(steps < limit)[:, :, None], other=0)
 
-    The product of ``values`` with the gathered x [T, 32, tokens] is the chunks' share of T strips. Padding of a chunk
-    and chunks at or beyond ``end`` are unused: x must not be read for them, it may hold infinities.
-    """
-    live = chunk < end
-    e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
-    base = tl.load(segments_ptr + chunk, mask=live, other=0)
-    columns = base[:, None] + (e & 0xFFF)
-    row = (e >> 12) & 0xF
-    value = half_bits(e, 1, DT)
-    hit = row[:, None, :] == tl.arange(0, 16)[None, :, None]
-    return tl.where(hit, value[:, None, :], 0.0).to(DT), columns, (e >> 16) != 0
+
+@triton.constexpr_function
+def transposed(tokens):
+    """Whether x is gathered from a transposed copy: a launch, which few tokens do not repay."""
+    return tokens > 4
+
+
+@triton.jit
+def gather(x_ptr, entries, columns, m, M, K, stride, TOKENS: tl.constexpr):
+    """x DT [..., TOKENS] at the columns of ``entries`` int32 [...], for tokens ``m``; zero where an entry is. x [M, K],
+    or x^T [K, stride] where a program's TOKENS are ``transposed``."""
+    columns = tl.expand_dims(columns, -1)
+    used = tl.expand_dims((entries >> 16) != 0, -1)
+    if transposed(TOKENS):
+        return tl.load(x_ptr + (columns * stride + m), mask=used, other=0.0)
+    else:
+        return tl.load(x_ptr + (m * K + columns), mask=used & (m < M), other=0.0)
+
+
+@triton.constexpr_function
+def parts_of(tokens):
+    """In how many parts the tokens are gathered: 8 of them, 16 bytes, are what one thread copies at once."""
+    return max(1, tokens // 8)
+
+
+@triton.jit
+def no_products(L: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr):
+    """What ``add_products`` adds to: a tuple of fp32 zeros [L, Q, 32, TOKENS // parts]."""
+    products = ()
+    for _ in tl.static_range(parts_of(TOKENS)):
+        products = products + (tl.zeros((L, Q, 32, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
+    return products
+
+
+@triton.jit
+def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr):
+    """x at the columns of ``slots`` int32 [L, Q, 32]: a tuple of [L, Q, 32, TOKENS // parts]."""
+    parts = ()
+    for part in tl.static_range(parts_of(TOKENS)):
+        m = part * 8 + tl.arange(0, TOKENS // parts_of(TOKENS))
+        parts = parts + (gather(x_ptr, slots, slots & 0xFFFF, m, M, K, TOKENS, TOKENS),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def add_products(products, gathered, slots, TOKENS: tl.constexpr, DT: tl.constexpr):
+    """``products`` plus the gathered x times the values of ``slots``."""
+    values = half_bits(slots, 1, DT).to(tl.float32)[:, :, :, None]
+    added = ()
+    for part in tl.static_range(parts_of(TOKENS)):
+        added = added + (products[part] + gathered[part].to(tl.float32) * values,)  # noqa: RUF005
+    return added
+
+
+@triton.jit
+def rows_of_slots(products, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+    """fp32 [L, 16, tokens]: the sums of each row of parts FIRST, FIRST + STEP, ... (COUNT, a power of two)."""
+    if COUNT == 1:
+        part = products[FIRST]
+        return tl.sum(tl.reshape(tl.sum(part, 1), (L, 16, 2, part.shape[3])), 2)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        even = rows_of_slots(products, FIRST, STEP, HALF, L)
+        odd = rows_of_slots(products, FIRST + HALF * STEP, STEP, HALF, L)
+        joined = tl.permute(tl.join(even, odd), (0, 1, 3, 2))
+        return tl.reshape(joined, (L, 16, 2 * even.shape[2]))
+
+
+@triton.jit
+def matrix_of_slots(slots, L: tl.constexpr, COUNT: tl.constexpr, DT: tl.constexpr):
+    """DT [L, 16, COUNT]: every value in its row, for a product with the gathered x [L, COUNT, TOKENS]."""
+    hit = ((tl.arange(0, COUNT) % 32) // 2)[None, None, :] == tl.arange(0, 16)[None, :, None]
+    return tl.where(hit, half_bits(tl.reshape(slots, (L, COUNT)), 1, DT)[:, None, :], 0.0).to(DT)
+
+
+@triton.jit
+def most_chunks(bounds_ptr, first_list, S: tl.constexpr):
+    """Of the S lists from ``first_list`` on, the number of chunks of the longest."""
+    most = 0
+    for s in tl.static_range(S):
+        at = bounds_ptr + 2 * (first_list + s)
+        most = tl.maximum(most, tl.load(at + 1) - tl.load(at))
+    return most
+
+
+@triton.jit
+def multiply_lists(
+    acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, m, M, K, stride,
+    TOKENS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """acc fp32 [L, 16, TOKENS] plus the products of x with every ``parts``-th chunk, from ``part`` [L] on, of ``lists``
+    [L], the longest of which has ``most`` chunks: 32 entries of 16 rows, told apart by a one-hot matrix."""
+    bounds = bounds_ptr + 2 * lists
+    chunk = tl.load(bounds) + part
+    end = tl.load(bounds + 1)
+    for _ in tl.range(0, tl.cdiv(most, parts), num_stages=1):
+        live = chunk < end
+        e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
+        columns = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
+        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, stride, TOKENS)
+        hit = ((e >> 12) & 0xF)[:, None, :] == tl.arange(0, 16)[None, :, None]
+        acc = tl.dot(tl.where(hit, half_bits(e, 1, DT)[:, None, :], 0.0).to(DT), x, acc)
+        chunk += parts
+    return acc

@@ -17,7 +17,11 @@ from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
+QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: decode.quads
 TRANSPOSE_COLUMNS = 64
+# Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
+OPTIONS = {False: {"PDL": False, **FP_FUSION}, True: {"PDL": True, "launch_pdl": True, **FP_FUSION}}
+EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and of 1024, in both halves of a word
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,31 @@ class Call:
         return self.tensors[0], self.tensors[1]
 
     @property
-    def sparse(self) -> list[torch.Tensor]:
-        """entries, segments, strip_chunks, bounds, overflow; stand-ins that no kernel reads where there are none."""
-        return self.tensors[2:] if self.layer.sparse else [self.tensors[0]] * 5
+    def slots(self) -> torch.Tensor:
+        """A stand-in that no kernel reads where there are none; so with ``lists``."""
+        return self.tensors[2] if self.layer.depth else self.tensors[0]
+
+    @property
+    def lists(self) -> list[torch.Tensor]:
+        """entries, segments, strip_chunks, bounds, overflow."""
+        return self.tensors[-5:] if self.layer.tail else [self.tensors[0]] * 5
+
+    @property
+    def exponent(self) -> int:
+        """What decode.py puts above a code: the kernels' argument of that name."""
+        return EXPONENTS[self.x.dtype]
 
     def constants(self) -> dict[str, Any]:
         layer = self.layer
-        return {"BITS": layer.bits, "GROUP": layer.group, "KIND": layer.kind, "SPARSE": bool(layer.sparse)}
+        return {"BITS": layer.bits, "GROUP": layer.group, "KIND": layer.kind} | {
+            "SLOTS": bool(layer.depth),
+            "LISTS": bool(layer.tail),
+        }
+
+    @property
+    def steps(self) -> int:
+        """Of the slots for each block of columns."""
+        return triton.next_power_of_2(max(1, -(-self.layer.depth // self.layer.blocks)))
 
 
 @cache
@@ -60,6 +82,7 @@ def column_splits(layer: Layer, tile: Tile, token_tiles: int) -> int:
 def run(call: Call, table: Table) -> torch.Tensor:
     """y [M, N] of x's dtype."""
     layer = call.layer
+    options = OPTIONS[table.pdl]
     tile = table.tile(call.tokens, layer.bits, layer.kind == CODEBOOK)
     if tile is None:
         return _decode_and_multiply(call, table.decode)
@@ -67,17 +90,19 @@ def run(call: Call, table: Table) -> torch.Tensor:
     splits = column_splits(layer, tile, token_tiles)
     if splits == 1 and not layer.overflow:
         out = call.x.new_empty(call.tokens, call.out_features)
-        _launch(call, tile, token_tiles, splits, out, partial=False)
+        _launch(call, tile, token_tiles, splits, out, partial=False, options=options)
         return out
     shares = call.x.new_empty(splits, call.tokens, 16 * layer.lists, dtype=torch.float32)
-    _launch(call, tile, token_tiles, splits, shares, partial=True)
-    return _reduce(call, shares)
+    _launch(call, tile, token_tiles, splits, shares, partial=True, options=options)
+    return _reduce(call, shares, options)
 
 
-def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Tensor, *, partial: bool) -> None:
+def _launch(
+    call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Tensor, *, partial: bool, options: dict[str, Any]
+) -> None:
     layer = call.layer
     codes, scales = call.dense
-    entries, segments, _, bounds, _ = call.sparse
+    entries, segments, _, bounds, _ = call.lists
     row_tiles = layer.lists // tile.strips
     bias = None if partial else call.bias
     sizes = (
@@ -88,41 +113,45 @@ def _launch(call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Te
         layer.strips,
         layer.rows,
         layer.scale_step,
+        call.exponent,
+        layer.depth,
     )
     constants = call.constants() | {
+        "Q": call.steps,
         "PARTIAL": partial,
         "BIAS": bias is not None,
         "TOKENS": tile.tokens,
         "S": tile.strips,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **FP_FUSION}
-    arrays = (out, call.x if bias is None else bias, codes, scales, entries, segments, bounds)
+    stride = token_tiles * tile.tokens
+    transposed = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and stride > 4 else call.x
+    arrays = (transposed, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
+    warps = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.kernel == "few":
-        few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, **constants, **options)
-    else:
-        stride = token_tiles * tile.tokens
-        transposed = _transpose(call.x, stride, tile.tokens) if layer.sparse else call.x
-        middle_kernel[(token_tiles, row_tiles, splits)](
-            call.x, transposed, *arrays, *sizes, stride, **constants, **options
+        few_kernel[(row_tiles, splits)](
+            call.x, *arrays, *sizes, KW=tile.k_warps, QUADS=QUADS, **constants, **warps, **options
         )
+    else:
+        grid = (token_tiles, row_tiles, splits)
+        middle_kernel[grid](call.x, *arrays, *sizes, stride, **constants, **warps, **options)
 
 
-def _transpose(x: torch.Tensor, stride: int, tokens: int) -> torch.Tensor:
+def _transpose(x: torch.Tensor, stride: int, tokens: int, options: dict[str, Any]) -> torch.Tensor:
     transposed = x.new_empty(x.shape[1], stride)
     grid = (stride // tokens, -(-x.shape[1] // TRANSPOSE_COLUMNS))
-    options = {"num_warps": 4, **FP_FUSION}
-    transpose_kernel[grid](x, transposed, *x.shape, stride, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, **options)
+    sizes = (*x.shape, stride)
+    transpose_kernel[grid](x, transposed, *sizes, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
     return transposed
 
 
-def _reduce(call: Call, shares: torch.Tensor) -> torch.Tensor:
+def _reduce(call: Call, shares: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     layer, splits = call.layer, shares.shape[0]
     out = call.x.new_empty(call.tokens, call.out_features)
     reduce_kernel[(-(-call.out_features // REDUCE_COLUMNS), call.tokens)](
         shares,
         out,
         call.x if call.bias is None else call.bias,
-        call.sparse[4],
+        call.lists[4],
         call.tokens,
         call.out_features,
         layer.strips,
@@ -133,7 +162,7 @@ def _reduce(call: Call, shares: torch.Tensor) -> torch.Tensor:
         SPLITS=triton.next_power_of_2(splits),
         COLUMNS=REDUCE_COLUMNS,
         num_warps=4,
-        **FP_FUSION,
+        **options,
     )
     return out
 
@@ -157,11 +186,12 @@ def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
 def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> None:
     layer, rows = call.layer, weight.shape[0]
     codes, scales = call.dense
-    entries, segments, chunks, *_ = call.sparse
+    entries, segments, chunks, *_ = call.lists
     decode_kernel[(-(-rows // (16 * decode.strips)),)](
         weight,
         codes,
         scales,
+        call.slots,
         entries,
         segments,
         chunks,
@@ -171,6 +201,8 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         layer.blocks,
         layer.rows,
         layer.scale_step,
+        call.exponent,
+        layer.depth,
         **call.constants(),
         S=decode.strips,
         KW=decode.k_warps,

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 
 from requant_kernels.dense_sparse.triton.lists import Lists, build_lists
+from requant_kernels.dense_sparse.triton.slots import build_slots
 from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.weight import DenseSparseWeight
 
@@ -25,11 +26,16 @@ class Layer:
     blocks: int
     lists: int  # strips and, behind them, overflow; a multiple of 8
     overflow: int  # 1 where there are overflow lists
-    sparse: int  # 1 where there are entries
+    depth: int  # of the slots; 0 where there are none
+    tail: int  # 1 where there are entries in lists
 
     @classmethod
     def of(cls, meta: list[int]) -> Self:
         return cls(*meta)
+
+    @property
+    def sparse(self) -> bool:
+        return bool(self.depth or self.tail)
 
     @property
     def rows(self) -> int:
@@ -42,7 +48,7 @@ def kind_of(weight: DenseSparseWeight) -> int:
     return SYMMETRIC if weight.zero_point is None else ASYMMETRIC
 
 
-def _sparse_tensors(lists: Lists) -> dict[str, torch.Tensor]:
+def _list_tensors(lists: Lists) -> dict[str, torch.Tensor]:
     return {
         "sparse_entries": lists.entries,
         "sparse_segments": lists.segments,
@@ -53,12 +59,15 @@ def _sparse_tensors(lists: Lists) -> dict[str, torch.Tensor]:
 
 
 def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """(tensors, meta) of ``weight``, laid out on its device. Sparse tensors are absent where there are no entries."""
+    """(tensors, meta) of ``weight``, laid out on its device. Slots and lists are absent where they hold nothing."""
     strips = build_strips(weight)
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
-    lists = build_lists(weight.sparse, strips.strips) if weight.sparse and weight.sparse.nnz else None
+    slots = build_slots(weight.sparse, strips.strips) if weight.sparse and weight.sparse.nnz else None
+    lists = build_lists(slots.rest, strips.strips) if slots and slots.rest else None
+    if slots and slots.depth:
+        tensors["sparse_slots"] = slots.slots
     if lists:
-        tensors |= _sparse_tensors(lists)
+        tensors |= _list_tensors(lists)
     layer = Layer(
         in_features=weight.in_features,
         bits=weight.scheme.weights.bits,
@@ -69,6 +78,7 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         blocks=strips.blocks,
         lists=lists.lists if lists else strips.strips,
         overflow=int(lists is not None and lists.lists > strips.strips),
-        sparse=int(lists is not None),
+        depth=slots.depth if slots else 0,
+        tail=int(lists is not None),
     )
     return tensors, astuple(layer)

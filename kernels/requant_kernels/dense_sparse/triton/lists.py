@@ -1,4 +1,4 @@
-"""The sparse part's runtime layout: a list of 32-bit entries for each strip of 16 rows, cut so that no list is long.
+"""What crowded rows have beyond their slots (slots.py): a list of entries for each strip of 16 rows, none of them long.
 
 An entry is an int32: column - segment in bits 0-11, row of the strip in bits 12-15, the value's 16 bits above. Lists
 are sorted by column (x is read in order) and padded to whole chunks of 32 entries; a chunk lies in one segment of 4096

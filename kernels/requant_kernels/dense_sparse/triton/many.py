@@ -19,12 +19,21 @@ from requant_kernels.dense_sparse.triton.decode import (
 )
 
 
-@triton.jit(do_not_specialize=["first_strip", "rows", "blocks"])
+@triton.jit
+def _add(w_ptr, row, column, entry, rows, K, DT: tl.constexpr):
+    """w [rows, K] += the values of ``entry``, each at its own place; nothing where they are zero."""
+    at = w_ptr + row.to(tl.int64) * K + column
+    used = ((entry >> 16) != 0) & (row < rows)
+    dense = tl.load(at, mask=used, other=0.0).to(tl.float32)
+    tl.store(at, (dense + half_bits(entry, 1, DT).to(tl.float32)).to(DT), mask=used)
+
+
+@triton.jit(do_not_specialize=["first_strip", "rows", "blocks", "exponent", "depth"])
 def decode_kernel(
-    w_ptr, codes_ptr, scales_ptr, entries_ptr, segments_ptr, chunks_ptr,
-    first_strip, rows, K, blocks, width, scale_step,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SPARSE: tl.constexpr, S: tl.constexpr,
-    KW: tl.constexpr,
+    w_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, chunks_ptr,
+    first_strip, rows, K, blocks, width, scale_step, exponent, depth,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
+    S: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
     """w DT [rows, K] = dense + sparse of ``rows`` rows from strip ``first_strip`` on. Grid (ceil(rows / (16 * S)),).
 
@@ -45,22 +54,31 @@ def decode_kernel(
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + first * 16, width, BITS, S)
     for start in range(0, blocks, KW):
-        words = load_words(words_at, BITS, S, KW)
+        words = load_words(words_at, (start + t % KW < blocks)[:, None], BITS, S, KW)
         words_at += KW * BITS * 128
         scales = ()
         if KIND != CODEBOOK:
             block = tl.minimum(start + kw, blocks - 1)
             scales = load_rows(scales_at + (block * scale_step)[:, None], width, WORDS)
         for part in tl.static_range(256 // SPAN):
-            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT)
+            w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, False)
             if KIND != CODEBOOK:
                 w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
                 w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
             k = (start + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
-    if SPARSE:
+    if SLOTS or LISTS:
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
+    if SLOTS:
+        slot = tl.arange(0, 16 * 32)
+        for strip in tl.static_range(S):
+            r = tl.program_id(0) * R + strip * 16 + slot % 32 // 2
+            for step in range(0, depth, 16):
+                at = ((first + strip) * depth + step) * 32 + slot
+                e = tl.load(slots_ptr + at, mask=step + slot // 32 < depth, other=0)
+                _add(w_ptr, r, e & 0xFFFF, e, rows, K, DT)
+    if LISTS:
         for strip in tl.static_range(S):
             chunk = tl.load(chunks_ptr + first + strip) + tl.arange(0, 16)
             end = tl.load(chunks_ptr + first + strip + 1)
@@ -68,10 +86,5 @@ def decode_kernel(
                 live = chunk < end
                 e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
                 column = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
-                r = tl.program_id(0) * R + strip * 16 + ((e >> 12) & 0xF)
-                at = w_ptr + r.to(tl.int64) * K + column
-                used = ((e >> 16) != 0) & (r < rows)
-                dense = tl.load(at, mask=used, other=0.0)
-                total = dense.to(tl.float32) + half_bits(e, 1, DT).to(tl.float32)
-                tl.store(at, total.to(DT), mask=used)
+                _add(w_ptr, tl.program_id(0) * R + strip * 16 + ((e >> 12) & 0xF), column, e, rows, K, DT)
                 chunk += 16

@@ -1,10 +1,11 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0917
+# ruff: noqa: PLR0912, PLR0915, PLR0917
 """More tokens: tiles of rows x tokens on the tensor cores, weights decoded straight into the A operand's registers."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
@@ -16,41 +17,26 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     tile,
 )
-from requant_kernels.dense_sparse.triton.gather import onehot_rows
+from requant_kernels.dense_sparse.triton.gather import fetch_slots, gather, matrix_of_slots, most_chunks, multiply_lists
 
 
-@triton.jit
-def _add_sparse(
-    acc, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first_list, part, parts, m, stride,
-    TOKENS: tl.constexpr, S: tl.constexpr, DT: tl.constexpr,
-):  # fmt: skip
-    """acc fp32 [R, TOKENS] plus the products with every ``parts``-th chunk of S lists. xt is x^T [K, stride]."""
-    bounds = bounds_ptr + 2 * (first_list + tl.arange(0, S))
-    chunk = tl.load(bounds) + part
-    end = tl.load(bounds + 1)
-    acc = tl.reshape(acc, (S, 16, TOKENS))
-    for _ in range(tl.cdiv(tl.max(end - chunk), parts)):
-        rows, columns, used = onehot_rows(entries_ptr, segments_ptr, chunk, end, DT)
-        x = tl.load(
-            xt_ptr + columns[:, :, None].to(tl.int64) * stride + m[None, None, :], mask=used[:, :, None], other=0.0
-        )
-        acc = tl.dot(rows, x, acc)
-        chunk += parts
-    return tl.reshape(acc, (16 * S, TOKENS))
-
-
-@triton.jit(do_not_specialize=["M", "blocks", "strips"], do_not_specialize_on_alignment=["bias_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
+)
 def middle_kernel(
-    x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, entries_ptr, segments_ptr, bounds_ptr,
-    M, N, K, blocks, strips, width, scale_step, stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SPARSE: tl.constexpr, BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
+    x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
+    M, N, K, blocks, strips, width, scale_step, exponent, depth, stride,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
+    Q: tl.constexpr, BIAS: tl.constexpr,
+    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile. xt
     is x^T [K, stride], padded to whole tiles of tokens; with it a gathered column is one contiguous copy.
     """
+    if PDL:
+        gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
@@ -70,9 +56,16 @@ def middle_kernel(
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + tl.where(first < strips, first, 0) * 16, width, BITS, S)
 
+    strip = first + tl.arange(0, S)
+    sums = tl.zeros((S, 16, TOKENS), tl.float32)
+    if LISTS:
+        most = most_chunks(bounds_ptr, first, S)
+    if PDL:
+        gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
+
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
-        words = load_words(words_at, BITS, S, 1)
+        words = load_words(words_at, tl.full((S, 1), block, tl.int32) < hi, BITS, S, 1)
         words_at += BITS * 128
         scales = ()
         if KIND != CODEBOOK:
@@ -82,16 +75,25 @@ def middle_kernel(
             x = tl.load(
                 x_ptr + m[:, None].to(tl.int64) * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0
             )
-            w = tile(words, levels, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT)
+            w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT, False)
             if KIND != CODEBOOK:
                 w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
                 w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
             acc = tl.dot(tl.reshape(w, (R, SPAN)), tl.trans(x), acc)
 
-    if SPARSE:
-        acc = _add_sparse(
-            acc, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first, split, splits, m, stride, TOKENS, S, DT
-        )
+        if SLOTS:
+            slots = fetch_slots(slots_ptr, strip, tl.full((S,), block * Q, tl.int32), depth, depth, Q)
+            entries = tl.reshape(slots, (S, 32 * Q))
+            gathered = gather(xt_ptr, entries, entries & 0xFFFF, m, M, K, stride, TOKENS)
+            sums = tl.dot(matrix_of_slots(slots, S, 32 * Q, DT), gathered, sums)
+
+    if LISTS:
+        sums = multiply_lists(
+            sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, strip, tl.full((S,), split, tl.int32),
+            splits, m, M, K, stride, TOKENS, DT,
+        )  # fmt: skip
+    if SLOTS or LISTS:
+        acc += tl.reshape(sums, (R, TOKENS))
 
     live = (m < M)[None, :]
     if PARTIAL:

@@ -39,6 +39,9 @@ class Tile:
             raise ValueError(f"kernel {self.kernel!r} is not 'few' or 'middle'")
         if self.kernel == "few" and self.tokens < self.up_to:
             raise ValueError(f"kernel few: {self.tokens} tokens do not hold up_to {self.up_to}")
+        if self.kernel == "few" and self.tokens == 1 and self.strips * self.k_warps > self.warps:
+            # wrong sums on an H200, Triton 3.6: the warps lose all but the first of their batches
+            raise ValueError("kernel few: with one token there must be a warp for each strip and k_warp")
         if self.kernel == "middle" and self.k_warps != 1:
             raise ValueError("kernel middle: k_warps must be 1")
 
@@ -71,12 +74,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Table:
-    """``names``: parts of the device names it is for; ``source``: where the numbers come from."""
+    """``names``: parts of the device names it is for; ``source``: where the numbers come from; ``pdl``: kernels begin
+    to fetch weights while the one before still runs (programmatic dependent launch, from compute capability 9.0 on)."""
 
     names: tuple[str, ...]
     source: str
     tiles: tuple[Tile, ...]
     decode: Decode
+    pdl: bool = False
 
     def tile(self, tokens: int, bits: int, codebook: bool) -> Tile | None:
         """The first tile that covers the layer at ``tokens`` tokens; None means decode and multiply."""
@@ -103,7 +108,7 @@ def _tile(data: dict[str, Any]) -> Tile:
 def parse(data: dict[str, Any]) -> Table:
     """Raises ValueError or TypeError where the data are no table."""
     tiles = tuple(_tile(tile) for tile in data["tiles"])
-    return Table(tuple(data["names"]), data["source"], tiles, Decode(**data["decode"]))
+    return Table(tuple(data["names"]), data["source"], tiles, Decode(**data["decode"]), data["pdl"])
 
 
 @cache

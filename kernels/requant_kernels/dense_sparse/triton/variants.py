@@ -9,7 +9,7 @@ import triton.language as tl
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, TRANSPOSE_COLUMNS
+from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS
 from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, SYMMETRIC
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
@@ -56,13 +56,17 @@ def _variant(  # noqa: PLR0917
     sparse: bool = True,
     partial: bool = False,
 ) -> Variant:
-    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "SPARSE": sparse, "S": rule.strips}
+    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
+    constants |= {"SLOTS": sparse, "LISTS": sparse}
     tile = rule if isinstance(rule, Tile) else None
     kernel, label = decode_kernel, "decode"
     if tile:
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
-        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
+        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial, "Q": 1}
+        constants["PDL"] = tables()[table].pdl
+    if kernel is few_kernel:
+        constants["QUADS"] = QUADS
     if kernel is not middle_kernel:
         constants["KW"] = rule.k_warps
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
@@ -125,10 +129,10 @@ def _cover() -> Iterator[Variant]:
 
 def _fixups() -> Iterator[Variant]:
     targets = dict.fromkeys(("80", "90", "100", "gfx942"), "")
-    reduce = {"BIAS": True, "OVERFLOW": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS}
+    reduce = {"BIAS": True, "OVERFLOW": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
-    transpose = {"TOKENS": 64, "COLUMNS": TRANSPOSE_COLUMNS}
+    transpose = {"TOKENS": 64, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
     signature = _signature(transpose_kernel, "bf16", transpose)
     yield Variant("transpose m64", transpose_kernel, signature, transpose, ("K", "stride"), 4, 3, targets)
 
