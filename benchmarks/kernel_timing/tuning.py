@@ -39,10 +39,9 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
         for (k_warps, stages), waves in product(((4, 3), (4, 2), (2, 3), (4, 4)), (2, 4, 8)):
             yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
     elif up_to <= 32:
-        tokens = sorted({max(4, up_to), max(8, up_to)})
-        shapes_of = ((8, 1, 8), (4, 1, 4), (2, 4, 4), (1, 4, 4), (2, 2, 2))  # strips, k_warps, warps
-        for count, (strips, k_warps, warps), stages, waves in product(tokens, shapes_of, (3,), (1, 2, 4)):
-            yield Tile("few", up_to, count, strips, warps, stages, waves * processors, k_warps)
+        sizes = ((8, 1, 8), (4, 1, 4), (2, 4, 4), (1, 4, 4), (2, 2, 2))  # strips, k_warps, warps
+        for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 4)):
+            yield Tile("few", up_to, tokens, strips, warps, 3, waves * processors, k_warps)
     if up_to >= 16:
         for tokens, (strips, warps), stages, waves in product(
             sorted({min(up_to, 32), min(up_to, 64)}), ((4, 4), (8, 8)), (2, 3), (1, 2, 4)

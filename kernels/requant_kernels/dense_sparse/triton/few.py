@@ -42,7 +42,7 @@ def few_kernel(
     x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
-    Q: tl.constexpr, BIAS: tl.constexpr,
+    Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr,
     PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,8 @@ def few_kernel(
     Grid (lists / S, splits of the columns). Lists beyond ``strips`` are the overflow of crowded strips (layout.py):
     they have no dense part, and their sums go to columns of ``out`` beyond N, which ``reduce_kernel`` adds back.
     out: DT [M, N], or fp32 [splits, M, 16 * lists] with PARTIAL. scales: int32 words [.., width], or the levels.
-    xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns.
+    xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns,
+    and what is left of them, with REST, comes after all blocks.
     """
     if PDL:
         gdc_launch_dependents()
@@ -92,7 +93,7 @@ def few_kernel(
     limit = tl.minimum(depth, hi * Q)
     if SLOTS:
         slots = fetch_slots(slots_ptr, strip + t // KW, (lo + t % KW) * Q, depth, limit, Q)
-        products = no_products(S * KW, Q, TOKENS)
+        products = no_products(S * KW, TOKENS)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -111,7 +112,7 @@ def few_kernel(
             now_slots = slots
             steps = (block + KW + t % KW) * Q
             slots = fetch_slots(slots_ptr, strip + t // KW, steps, depth, limit, Q)
-            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS)
+            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, Q)
         now = scales
         if KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
@@ -138,10 +139,17 @@ def few_kernel(
                     w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
-            products = add_products(products, gathered, now_slots, TOKENS, DT)
+            products = add_products(products, gathered, now_slots, TOKENS, Q, DT)
+    if REST:
+        rest = blocks * Q + split * KW + t % KW
+        end = tl.where(first < strips, depth, 0)  # overflow lists have no slots
+        for _ in tl.range(0, tl.cdiv(depth - blocks * Q, splits * KW), num_stages=1):
+            left = fetch_slots(slots_ptr, strip + t // KW, rest, depth, end, 1)
+            products = add_products(products, gather_parts(xt_ptr, left, M, K, TOKENS, 1), left, TOKENS, 1, DT)
+            rest += splits * KW
     if SLOTS or LISTS:
         if SLOTS:
-            sums = rows_of_slots(products, 0, 1, parts_of(TOKENS), S * KW)
+            sums = rows_of_slots(products, 0, parts_of(TOKENS), S * KW)
         else:
             sums = tl.zeros((S * KW, 16, TOKENS), tl.float32)
         if LISTS:

@@ -13,11 +13,19 @@ from requant_kernels.dense_sparse.triton.decode import half_bits
 
 
 @triton.jit
+def fetch_step(slots_ptr, strip, step, depth, limit):
+    """int32 [L, 32]: the slots of step ``step`` [L] of strips ``strip`` [L], zero from ``limit`` on."""
+    at = (strip * depth + step)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return tl.load(slots_ptr + at, mask=(step < limit)[:, None], other=0)
+
+
+@triton.jit
 def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
-    """int32 [L, Q, 32]: Q steps from ``step`` [L] on of strips ``strip`` [L]; zero from ``limit`` on."""
-    steps = step[:, None] + tl.arange(0, Q)[None, :]
-    at = (strip[:, None] * depth + steps)[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
-    return tl.load(slots_ptr + at, mask=(steps < limit)[:, :, None], other=0)
+    """Q steps from ``step`` [L] on, as a tuple."""
+    slots = ()
+    for q in tl.static_range(Q):
+        slots = slots + (fetch_step(slots_ptr, strip, step + q, depth, limit),)  # noqa: RUF005
+    return slots
 
 
 @triton.constexpr_function
@@ -45,53 +53,61 @@ def parts_of(tokens):
 
 
 @triton.jit
-def no_products(L: tl.constexpr, Q: tl.constexpr, TOKENS: tl.constexpr):
-    """What ``add_products`` adds to: a tuple of fp32 zeros [L, Q, 32, TOKENS // parts]."""
+def no_products(L: tl.constexpr, TOKENS: tl.constexpr):
+    """What ``add_products`` adds to: a tuple of fp32 zeros [L, 32, TOKENS // parts]."""
     products = ()
     for _ in tl.static_range(parts_of(TOKENS)):
-        products = products + (tl.zeros((L, Q, 32, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
+        products = products + (tl.zeros((L, 32, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
     return products
 
 
 @triton.jit
-def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr):
-    """x at the columns of ``slots`` int32 [L, Q, 32]: a tuple of [L, Q, 32, TOKENS // parts]."""
-    parts = ()
-    for part in tl.static_range(parts_of(TOKENS)):
-        m = part * 8 + tl.arange(0, TOKENS // parts_of(TOKENS))
-        parts = parts + (gather(x_ptr, slots, slots & 0xFFFF, m, M, K, TOKENS, TOKENS),)  # noqa: RUF005
-    return parts
+def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
+    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [L, 32, TOKENS // parts], all parts of
+    one step after all of the step before."""
+    gathered = ()
+    for q in tl.static_range(Q):
+        for part in tl.static_range(parts_of(TOKENS)):
+            m = part * 8 + tl.arange(0, TOKENS // parts_of(TOKENS))
+            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS, TOKENS)
+            gathered = gathered + (x,)  # noqa: RUF005
+    return gathered
 
 
 @triton.jit
-def add_products(products, gathered, slots, TOKENS: tl.constexpr, DT: tl.constexpr):
+def add_products(products, gathered, slots, TOKENS: tl.constexpr, Q: tl.constexpr, DT: tl.constexpr):
     """``products`` plus the gathered x times the values of ``slots``."""
-    values = half_bits(slots, 1, DT).to(tl.float32)[:, :, :, None]
-    added = ()
-    for part in tl.static_range(parts_of(TOKENS)):
-        added = added + (products[part] + gathered[part].to(tl.float32) * values,)  # noqa: RUF005
-    return added
+    for q in tl.static_range(Q):
+        values = half_bits(slots[q], 1, DT).to(tl.float32)[:, :, None]
+        added = ()
+        for part in tl.static_range(parts_of(TOKENS)):
+            x = gathered[q * parts_of(TOKENS) + part].to(tl.float32)
+            added = added + (products[part] + x * values,)  # noqa: RUF005
+        products = added
+    return products
 
 
 @triton.jit
-def rows_of_slots(products, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
-    """fp32 [L, 16, tokens]: the sums of each row of parts FIRST, FIRST + STEP, ... (COUNT, a power of two)."""
+def rows_of_slots(products, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.constexpr):
+    """fp32 [L, 16, tokens]: the sums of each row of COUNT parts, a power of two, from FIRST on."""
     if COUNT == 1:
         part = products[FIRST]
-        return tl.sum(tl.reshape(tl.sum(part, 1), (L, 16, 2, part.shape[3])), 2)
+        return tl.sum(tl.reshape(part, (L, 16, 2, part.shape[2])), 2)
     else:
         HALF: tl.constexpr = COUNT // 2
-        even = rows_of_slots(products, FIRST, STEP, HALF, L)
-        odd = rows_of_slots(products, FIRST + HALF * STEP, STEP, HALF, L)
-        joined = tl.permute(tl.join(even, odd), (0, 1, 3, 2))
-        return tl.reshape(joined, (L, 16, 2 * even.shape[2]))
+        low = rows_of_slots(products, FIRST, HALF, L)
+        high = rows_of_slots(products, FIRST + HALF, HALF, L)
+        joined = tl.permute(tl.join(low, high), (0, 1, 3, 2))
+        return tl.reshape(joined, (L, 16, 2 * low.shape[2]))
 
 
 @triton.jit
-def matrix_of_slots(slots, L: tl.constexpr, COUNT: tl.constexpr, DT: tl.constexpr):
-    """DT [L, 16, COUNT]: every value in its row, for a product with the gathered x [L, COUNT, TOKENS]."""
-    hit = ((tl.arange(0, COUNT) % 32) // 2)[None, None, :] == tl.arange(0, 16)[None, :, None]
-    return tl.where(hit, half_bits(tl.reshape(slots, (L, COUNT)), 1, DT)[:, None, :], 0.0).to(DT)
+def multiply_step(sums, x_ptr, slots, m, M, K, stride, TOKENS: tl.constexpr, DT: tl.constexpr):
+    """sums fp32 [L, 16, TOKENS] plus the products with a step's ``slots`` [L, 32], on the tensor cores: every value
+    stands in its row of a matrix."""
+    x = gather(x_ptr, slots, slots & 0xFFFF, m, M, K, stride, TOKENS)
+    hit = (tl.arange(0, 32) // 2)[None, None, :] == tl.arange(0, 16)[None, :, None]
+    return tl.dot(tl.where(hit, half_bits(slots, 1, DT)[:, None, :], 0.0).to(DT), x, sums)
 
 
 @triton.jit

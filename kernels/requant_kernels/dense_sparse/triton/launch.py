@@ -64,10 +64,15 @@ class Call:
             "LISTS": bool(layer.tail),
         }
 
-    @property
-    def steps(self) -> int:
-        """Of the slots for each block of columns."""
-        return triton.next_power_of_2(max(1, -(-self.layer.depth // self.layer.blocks)))
+    def steps(self, most: int) -> tuple[int, bool]:
+        """How many steps of the slots go with each block of columns, at most ``most``, and whether some are left."""
+        q = 1 if self.layer.depth <= self.layer.blocks else most
+        return q, self.layer.depth > q * self.layer.blocks
+
+
+def most_steps(tile: Tile) -> int:
+    """How many steps of the slots may go with a block of columns: as many as there are registers for."""
+    return 2 if tile.kernel == "few" and tile.tokens <= 8 else 1
 
 
 @cache
@@ -116,24 +121,16 @@ def _launch(
         call.exponent,
         layer.depth,
     )
-    constants = call.constants() | {
-        "Q": call.steps,
-        "PARTIAL": partial,
-        "BIAS": bias is not None,
-        "TOKENS": tile.tokens,
-        "S": tile.strips,
-    }
+    q, rest = call.steps(most_steps(tile))
+    more = {"REST": rest, "PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
+    more |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants(), **options}
     stride = token_tiles * tile.tokens
     transposed = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and stride > 4 else call.x
     arrays = (transposed, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
-    warps = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.kernel == "few":
-        few_kernel[(row_tiles, splits)](
-            call.x, *arrays, *sizes, KW=tile.k_warps, QUADS=QUADS, **constants, **warps, **options
-        )
+        few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, Q=q, QUADS=QUADS, **more)
     else:
-        grid = (token_tiles, row_tiles, splits)
-        middle_kernel[grid](call.x, *arrays, *sizes, stride, **constants, **warps, **options)
+        middle_kernel[(token_tiles, row_tiles, splits)](call.x, *arrays, *sizes, stride, **more)
 
 
 def _transpose(x: torch.Tensor, stride: int, tokens: int, options: dict[str, Any]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     tile,
 )
-from requant_kernels.dense_sparse.triton.gather import fetch_slots, gather, matrix_of_slots, most_chunks, multiply_lists
+from requant_kernels.dense_sparse.triton.gather import fetch_step, most_chunks, multiply_lists, multiply_step
 
 
 @triton.jit(
@@ -27,7 +27,7 @@ def middle_kernel(
     x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth, stride,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
-    Q: tl.constexpr, BIAS: tl.constexpr,
+    REST: tl.constexpr, BIAS: tl.constexpr,
     PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
@@ -82,11 +82,16 @@ def middle_kernel(
             acc = tl.dot(tl.reshape(w, (R, SPAN)), tl.trans(x), acc)
 
         if SLOTS:
-            slots = fetch_slots(slots_ptr, strip, tl.full((S,), block * Q, tl.int32), depth, depth, Q)
-            entries = tl.reshape(slots, (S, 32 * Q))
-            gathered = gather(xt_ptr, entries, entries & 0xFFFF, m, M, K, stride, TOKENS)
-            sums = tl.dot(matrix_of_slots(slots, S, 32 * Q, DT), gathered, sums)
+            slots = fetch_step(slots_ptr, strip, tl.full((S,), block, tl.int32), depth, depth)
+            sums = multiply_step(sums, xt_ptr, slots, m, M, K, stride, TOKENS, DT)
 
+    if REST:
+        step = tl.full((S,), blocks + split, tl.int32)
+        limit = tl.where(first < strips, depth, 0)  # overflow lists have no slots
+        for _ in tl.range(0, tl.cdiv(depth - blocks, splits), num_stages=1):
+            slots = fetch_step(slots_ptr, strip, step, depth, limit)
+            sums = multiply_step(sums, xt_ptr, slots, m, M, K, stride, TOKENS, DT)
+            step += splits
     if LISTS:
         sums = multiply_lists(
             sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, strip, tl.full((S,), split, tl.int32),

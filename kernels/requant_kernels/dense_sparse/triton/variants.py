@@ -9,7 +9,7 @@ import triton.language as tl
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS
+from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS, most_steps
 from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, SYMMETRIC
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
@@ -55,6 +55,7 @@ def _variant(  # noqa: PLR0917
     dtype: str,
     sparse: bool = True,
     partial: bool = False,
+    crowded: bool = False,
 ) -> Variant:
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
     constants |= {"SLOTS": sparse, "LISTS": sparse}
@@ -63,14 +64,15 @@ def _variant(  # noqa: PLR0917
     if tile:
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
-        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial, "Q": 1}
+        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
+        constants["REST"] = crowded
         constants["PDL"] = tables()[table].pdl
     if kernel is few_kernel:
-        constants["QUADS"] = QUADS
+        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1}
     if kernel is not middle_kernel:
         constants["KW"] = rule.k_warps
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
-    name += (" sparse" if sparse else " dense") + (" partial" if partial else "")
+    name += (" crowded" if crowded else " sparse" if sparse else " dense") + (" partial" if partial else "")
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
@@ -88,8 +90,8 @@ def _every() -> Iterator[Variant]:
     for name, table in tables().items():
         for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
             used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
-            for tile, partial in product(used, (True, False)):
-                yield _variant(name, tile, bits, group, kind, dtype, sparse, partial)
+            for tile, partial, crowded in product(used, (True, False), (True, False) if sparse else (False,)):
+                yield _variant(name, tile, bits, group, kind, dtype, sparse, partial, crowded)
             yield _variant(name, table.decode, bits, group, kind, dtype, sparse)
 
 
@@ -98,15 +100,15 @@ def _cover() -> Iterator[Variant]:
     for name, table in tables().items():
         for tile in table.tiles:
             kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
-            yield _variant(name, tile, tile.bits[0] if tile.bits else 4, group, kind, "bf16")
+            used = (bits for bits in (4, 3, 8, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
+            yield _variant(name, tile, next(used), group, kind, "bf16")
     hopper = tables()["h200"]
-    one, sixteen, sixty_four, most = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64, 128))
+    one, sixteen, sixty_four = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64))
     eight = hopper.tile(8, 8, False)
     assert one
     assert eight
     assert sixteen
     assert sixty_four
-    assert most
     for bits, group, kind in (
         (2, 128, SYMMETRIC),
         (3, 128, SYMMETRIC),
@@ -114,7 +116,9 @@ def _cover() -> Iterator[Variant]:
         (4, 256, CODEBOOK),
         (8, 64, SYMMETRIC),
     ):
-        yield _variant("h200", one, bits, group, kind, "bf16")
+        first = hopper.tile(1, bits, kind == CODEBOOK)
+        assert first
+        yield _variant("h200", first, bits, group, kind, "bf16")
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
     yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", partial=True)
@@ -122,7 +126,11 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", partial=True)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", partial=True)
-    yield _variant("h200", most, 8, 128, ASYMMETRIC, "bf16")
+    of_8_bits = hopper.tile(128, 8, False)
+    assert of_8_bits
+    yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
+    for tile in (one, eight, sixteen, sixty_four):
+        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
