@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
 
-from requant_kernels.dense_sparse.triton.lists import CHUNK
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, tables
 
@@ -25,10 +24,12 @@ from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS, Shape
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-INSTRUCTIONS = 2.9  # a weight, in the loops of few_kernel and middle_kernel on sm_90 (`make aot`, loop / weights)
-SPARSE_INSTRUCTIONS = 40  # an entry, to build 16 rows of its one-hot matrix: compare, select, pack
-GATHER_INSTRUCTIONS = 3.5  # an entry and token without x^T: address, load, pack; an eighth of that with x^T
-FILL = 1.3  # entries of a list are padded to whole chunks
+# Of the loops on sm_90 (`make aot`), triton 3.9: a weight, by kernel; a slot; a slot and token.
+INSTRUCTIONS = {"few": 2.1, "middle": 3.7, "decode": 2.9}
+SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
+FILL = 1.5  # slots an entry: every row of a strip has as many as its fullest ones want
+SECTOR = 32  # bytes, the least that comes from L2
+TRANSPOSED = 4  # more tokens are gathered from a transposed copy
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
 PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
@@ -107,8 +108,8 @@ class Load:
 
 
 def bits_a_weight(bits: int, group: int, density: float) -> float:
-    """Of the runtime layout: codes, 16-bit steps, 32-bit entries in padded chunks with their segment numbers."""
-    return bits + 16 / group + density * 32 * (1 + 1 / CHUNK) * FILL
+    """Of the runtime layout: codes, 16-bit steps, 32-bit slots."""
+    return bits + 16 / group + density * 32 * FILL
 
 
 def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
@@ -118,13 +119,15 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     blocks = -(-shape.columns // BLOCK)
     wanted = tile.programs // (row_tiles * token_tiles)
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
-    entries = shape.weights * load.density * FILL
-    gather = GATHER_INSTRUCTIONS * tile.tokens * (1 if tile.kernel == "few" else 1 / 8)
-    instructions = token_tiles * (shape.weights * INSTRUCTIONS + entries * (SPARSE_INSTRUCTIONS + gather))
-    activations = row_tiles * 2 * tokens * shape.columns
+    entries = shape.weights * load.density
+    a_slot = SLOT_INSTRUCTIONS + TOKEN_INSTRUCTIONS * tile.tokens
+    instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + entries * FILL * a_slot)
+    transposed = tile.tokens > TRANSPOSED and load.density > 0
+    gathered = entries * token_tiles * max(SECTOR, 2 * tile.tokens) if transposed else 0  # few x fit into the L1
+    activations = row_tiles * 2 * tokens * shape.columns + gathered
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
-    flops = 2 * tile.tokens * token_tiles * (shape.weights + entries * STRIP)
-    launches = 1 + (splits > 1) + (tile.kernel == "middle" and load.density > 0)
+    flops = 2 * tile.tokens * token_tiles * shape.weights
+    launches = 1 + (splits > 1) + transposed
     return Prediction(
         memory=(load.stored + load.moved) / gpu.copy,
         l2=(token_tiles * load.stored + activations + shares) / gpu.l2,
@@ -149,7 +152,7 @@ def _slice(gpu: Gpu, decode: Decode, load: Load) -> Prediction:
     plain = 2 * load.shape.weights
     fits = plain <= gpu.l2_bytes
     written = plain / (gpu.l2 if fits else gpu.copy)
-    instructions = load.shape.weights * INSTRUCTIONS / gpu.instructions
+    instructions = load.shape.weights * INSTRUCTIONS["decode"] / gpu.instructions
     programs = -(-load.shape.rows // (STRIP * decode.strips))
     tiles = -(-load.tokens // PRODUCT_TILE) * -(-load.shape.rows // PRODUCT_TILE)
     decoding = max(load.stored / gpu.copy, written, instructions) / gpu.utilisation(programs)

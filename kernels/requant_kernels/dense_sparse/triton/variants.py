@@ -100,7 +100,7 @@ def _cover() -> Iterator[Variant]:
     for name, table in tables().items():
         for tile in table.tiles:
             kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
-            used = (bits for bits in (4, 3, 8, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
+            used = (bits for bits in (4, 8, 3, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
             yield _variant(name, tile, next(used), group, kind, "bf16")
     hopper = tables()["h200"]
     one, sixteen, sixty_four = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64))
