@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
+from requant_kernels.dense_sparse.triton.slots import STEP, Slots, build_slots, choose_depth
 from requant_kernels.dense_sparse.triton.strips import (
     BLOCK,
     SPARE_BLOCKS,
@@ -118,6 +119,56 @@ def test_a_full_row_becomes_overflow_lists():
     lists = build_lists(SparsePart.from_mask(torch.ones(64, 4096, dtype=torch.bfloat16), mask), 8)
     assert lists.overflow.tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 1] or int(lists.overflow[-1]) >= 1
     assert int(lists.overflow[1]) == 0
+
+
+def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The slots read back, by loops, as slots.py describes them."""
+    strips, depth, _ = slots.slots.shape
+    read = torch.zeros(strips * STRIP, shape[1], dtype=dtype)
+    for strip in range(strips):
+        for step in range(depth):
+            for slot, word in enumerate(slots.slots[strip, step].tolist()):
+                if word:
+                    bits = torch.tensor(word >> 16, dtype=torch.int16)
+                    read[strip * STRIP + slot // 2, word & 0xFFFF] += bits.view(dtype)
+    return read[: shape[0]]
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 60),
+    columns=st.sampled_from((1, 40, 300)),
+    density=st.sampled_from((0.0, 0.01, 0.3, 1.0)),
+    full_row=st.booleans(),
+    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
+)
+def test_slots_and_the_rest_hold_every_entry_once(rows, columns, density, full_row, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn(rows, columns, generator=generator).to(dtype)
+    mask = torch.rand(rows, columns, generator=generator) < density
+    mask[-1] |= full_row
+    mask &= values != 0
+    slots = build_slots(SparsePart.from_mask(values, mask), 4)
+    assert slots.slots.shape == (4, slots.depth, STEP)
+    rest = 0 if slots.rest is None else slots.rest.to_dense()
+    assert torch.equal(in_slots(slots, (rows, columns), dtype) + rest, values * mask)
+
+
+def test_one_crowded_row_does_not_deepen_every_strip():
+    counts = torch.full((1024,), 20)
+    even = choose_depth(counts)
+    counts[100] = 4096
+    assert even == choose_depth(counts) == 10
+
+
+def test_columns_that_do_not_fit_a_slot_stay_in_lists():
+    mask = torch.zeros(16, 70_000, dtype=torch.bool)
+    mask[3, [5, 69_999]] = True
+    part = SparsePart.from_mask(torch.ones(16, 70_000, dtype=torch.bfloat16), mask)
+    slots = build_slots(part, 1)
+    assert slots.depth == 0
+    assert slots.rest is not None
+    assert torch.equal(slots.rest.to_dense(), part.to_dense())
 
 
 def test_a_layer_without_entries_has_no_sparse_tensors():
