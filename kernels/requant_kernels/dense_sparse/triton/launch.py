@@ -9,6 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
+from requant_kernels.dense_sparse.triton.gather import transposed
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
@@ -125,8 +126,8 @@ def _launch(
     more = {"REST": rest, "PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     more |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants(), **options}
     stride = token_tiles * tile.tokens
-    transposed = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and stride > 4 else call.x
-    arrays = (transposed, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
+    xt = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and transposed(tile.tokens) else call.x
+    arrays = (xt, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
     if tile.kernel == "few":
         few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, Q=q, QUADS=QUADS, **more)
     else:
@@ -134,11 +135,11 @@ def _launch(
 
 
 def _transpose(x: torch.Tensor, stride: int, tokens: int, options: dict[str, Any]) -> torch.Tensor:
-    transposed = x.new_empty(x.shape[1], stride)
+    xt = x.new_empty(x.shape[1], stride)
     grid = (stride // tokens, -(-x.shape[1] // TRANSPOSE_COLUMNS))
     sizes = (*x.shape, stride)
-    transpose_kernel[grid](x, transposed, *sizes, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
-    return transposed
+    transpose_kernel[grid](x, xt, *sizes, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
+    return xt
 
 
 def _reduce(call: Call, shares: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
