@@ -29,7 +29,6 @@ INSTRUCTIONS = {"few": 2.1, "middle": 3.7, "decode": 2.9}
 SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
 FILL = 1.5  # slots an entry: every row of a strip has as many as its fullest ones want
 SECTOR = 32  # bytes, the least that comes from L2
-TRANSPOSED = 4  # more tokens are gathered from a transposed copy
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
 PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
@@ -122,7 +121,7 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     entries = shape.weights * load.density
     a_slot = SLOT_INSTRUCTIONS + TOKEN_INSTRUCTIONS * tile.tokens
     instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + entries * FILL * a_slot)
-    transposed = tile.tokens > TRANSPOSED and load.density > 0
+    transposed = tile.transposed and load.density > 0
     gathered = entries * token_tiles * max(SECTOR, 2 * tile.tokens) if transposed else 0  # few x fit into the L1
     activations = row_tiles * 2 * tokens * shape.columns + gathered
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
 from requant_kernels.dense_sparse.triton.slots import STEP, Slots, build_slots, choose_depth
 from requant_kernels.dense_sparse.triton.strips import (
@@ -90,22 +91,24 @@ def dense(lists, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     return read[: shape[0]]
 
 
+@st.composite
+def parts(draw: st.DrawFn, *columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [rows, one of ``columns``] and where they are entries, with or without a full row."""
+    shape = (draw(st.integers(1, 60)), draw(st.sampled_from(columns)))
+    generator = torch.Generator().manual_seed(shape[0])
+    values = torch.randn(shape, generator=generator).to(draw(st.sampled_from((torch.bfloat16, torch.float16))))
+    mask = torch.rand(shape, generator=generator) < draw(st.sampled_from((0.0, 0.01, 0.3, 1.0)))
+    mask[-1] |= draw(st.booleans())
+    return values, mask
+
+
 @settings(max_examples=30)
-@given(
-    rows=st.integers(1, 60),
-    columns=st.sampled_from((1, 40, 300, SEGMENT + 5)),
-    density=st.sampled_from((0.0, 0.01, 0.3, 1.0)),
-    full_row=st.booleans(),
-    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
-)
-def test_lists_hold_every_entry_once_and_none_is_long(rows, columns, density, full_row, dtype):
-    generator = torch.Generator().manual_seed(rows)
-    values = torch.randn(rows, columns, generator=generator).to(dtype)
-    mask = torch.rand(rows, columns, generator=generator) < density
-    mask[-1] |= full_row
+@given(part=parts(1, 40, 300, SEGMENT + 5))
+def test_lists_hold_every_entry_once_and_none_is_long(part):
+    values, mask = part
     strips = 8
     lists = build_lists(SparsePart.from_mask(values, mask), strips)
-    assert torch.equal(dense(lists, (rows, columns), dtype), values * mask)
+    assert torch.equal(dense(lists, values.shape, values.dtype), values * mask)
     chunks = len(lists.segments)
     length = (lists.bounds[:, 1] - lists.bounds[:, 0]).max()
     assert length <= max(SHORT, LONGEST * -(-chunks // strips))
@@ -135,23 +138,14 @@ def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.
 
 
 @settings(max_examples=30)
-@given(
-    rows=st.integers(1, 60),
-    columns=st.sampled_from((1, 40, 300)),
-    density=st.sampled_from((0.0, 0.01, 0.3, 1.0)),
-    full_row=st.booleans(),
-    dtype=st.sampled_from((torch.bfloat16, torch.float16)),
-)
-def test_slots_and_the_rest_hold_every_entry_once(rows, columns, density, full_row, dtype):
-    generator = torch.Generator().manual_seed(rows)
-    values = torch.randn(rows, columns, generator=generator).to(dtype)
-    mask = torch.rand(rows, columns, generator=generator) < density
-    mask[-1] |= full_row
+@given(part=parts(1, 40, 300))
+def test_slots_and_the_rest_hold_every_entry_once(part):
+    values, mask = part
     mask &= values != 0
     slots = build_slots(SparsePart.from_mask(values, mask), 4)
     assert slots.slots.shape == (4, slots.depth, STEP)
     rest = 0 if slots.rest is None else slots.rest.to_dense()
-    assert torch.equal(in_slots(slots, (rows, columns), dtype) + rest, values * mask)
+    assert torch.equal(in_slots(slots, values.shape, values.dtype) + rest, values * mask)
 
 
 def test_one_crowded_row_does_not_deepen_every_strip():
@@ -159,6 +153,13 @@ def test_one_crowded_row_does_not_deepen_every_strip():
     even = choose_depth(counts)
     counts[100] = 4096
     assert even == choose_depth(counts) == 10
+
+
+def test_layers_that_differ_in_depth_alone_are_of_one_kind():
+    scheme = LayerScheme(WeightScheme(4, 64), SparseScheme())
+    few, more = (build(random_weight(scheme, (32, 4096), density=density)) for density in (0.001, 0.003))
+    assert few[0]["sparse_slots"].shape != more[0]["sparse_slots"].shape
+    assert few[1] == more[1]  # so the second is not warmed up again
 
 
 def test_columns_that_do_not_fit_a_slot_stay_in_lists():
@@ -172,8 +173,6 @@ def test_columns_that_do_not_fit_a_slot_stay_in_lists():
 
 
 def test_a_layer_without_entries_has_no_sparse_tensors():
-    from requant_kernels.dense_sparse.triton.layer import build
-
     weight = random_weight(LayerScheme(WeightScheme(4, 64), SparseScheme()), (20, 128), density=0.0)
     tensors, _ = build(weight)
     assert list(tensors) == ["weight_packed", "weight_scale"]

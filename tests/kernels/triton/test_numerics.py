@@ -103,7 +103,7 @@ def test_on_a_gpu(poisoned, case):
 def test_any_case_on_a_gpu(part):
     @seed(part)
     @given(case=cases())
-    @settings(max_examples=6, derandomize=False, database=None)
+    @settings(max_examples=13, derandomize=False, database=None)
     def holds(case: Case) -> None:
         check(case, "cuda")
 

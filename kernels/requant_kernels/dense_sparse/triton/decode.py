@@ -121,7 +121,7 @@ def _plane(
 
     A code in the mantissa under a fixed exponent is a float without a conversion: bfloat16 1 + code / 2**BITS,
     float16 1024 + code. 8 bits do not fit bfloat16's mantissa and take the same way through float32. ``exponent`` is
-    ``exponent_bits`` of layout's dtype as an argument of the kernel: of two constants in one instruction the compiler
+    ``EXPONENTS`` (launch.py) as an argument of the kernel: of two constants in one instruction the compiler
     would make two instructions.
     """
     if KIND == CODEBOOK:

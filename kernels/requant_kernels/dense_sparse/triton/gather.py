@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton.decode import half_bits
+from requant_kernels.dense_sparse.triton.table import IN_PLACE
 
 
 @triton.jit
@@ -30,8 +31,8 @@ def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
 
 @triton.constexpr_function
 def transposed(tokens):
-    """Whether x is gathered from a transposed copy: a launch, which few tokens do not repay."""
-    return tokens > 4
+    """``Tile.transposed``."""
+    return tokens > IN_PLACE
 
 
 @triton.jit

@@ -9,7 +9,6 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.gather import transposed
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
@@ -45,8 +44,8 @@ class Call:
 
     @property
     def slots(self) -> torch.Tensor:
-        """A stand-in that no kernel reads where there are none; so with ``lists``."""
-        return self.tensors[2] if self.layer.depth else self.tensors[0]
+        """[strips, depth, 32]; a stand-in that no kernel reads where there are none; so with ``lists``."""
+        return self.tensors[2] if self.layer.steps else self.tensors[0]
 
     @property
     def lists(self) -> list[torch.Tensor]:
@@ -61,14 +60,13 @@ class Call:
     def constants(self) -> dict[str, Any]:
         layer = self.layer
         return {"BITS": layer.bits, "GROUP": layer.group, "KIND": layer.kind} | {
-            "SLOTS": bool(layer.depth),
+            "SLOTS": bool(layer.steps),
             "LISTS": bool(layer.tail),
         }
 
     def steps(self, most: int) -> tuple[int, bool]:
         """How many steps of the slots go with each block of columns, at most ``most``, and whether some are left."""
-        q = 1 if self.layer.depth <= self.layer.blocks else most
-        return q, self.layer.depth > q * self.layer.blocks
+        return max(1, min(self.layer.steps, most)), self.layer.steps > most
 
 
 def most_steps(tile: Tile) -> int:
@@ -120,13 +118,13 @@ def _launch(
         layer.rows,
         layer.scale_step,
         call.exponent,
-        layer.depth,
+        call.slots.shape[1],
     )
     q, rest = call.steps(most_steps(tile))
     more = {"REST": rest, "PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     more |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants(), **options}
     stride = token_tiles * tile.tokens
-    xt = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and transposed(tile.tokens) else call.x
+    xt = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and tile.transposed else call.x
     arrays = (xt, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
     if tile.kernel == "few":
         few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, Q=q, QUADS=QUADS, **more)
@@ -200,7 +198,7 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         layer.rows,
         layer.scale_step,
         call.exponent,
-        layer.depth,
+        call.slots.shape[1],
         **call.constants(),
         S=decode.strips,
         KW=decode.k_warps,

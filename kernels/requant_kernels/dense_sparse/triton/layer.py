@@ -11,6 +11,7 @@ from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
+MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Layer:
     blocks: int
     lists: int  # strips and, behind them, overflow; a multiple of 8
     overflow: int  # 1 where there are overflow lists
-    depth: int  # of the slots; 0 where there are none
+    steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
     tail: int  # 1 where there are entries in lists
 
     @classmethod
@@ -35,7 +36,7 @@ class Layer:
 
     @property
     def sparse(self) -> bool:
-        return bool(self.depth or self.tail)
+        return bool(self.steps or self.tail)
 
     @property
     def rows(self) -> int:
@@ -78,7 +79,7 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         blocks=strips.blocks,
         lists=lists.lists if lists else strips.strips,
         overflow=int(lists is not None and lists.lists > strips.strips),
-        depth=slots.depth if slots else 0,
+        steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
         tail=int(lists is not None),
     )
     return tensors, astuple(layer)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from requant_kernels.dense_sparse.triton.lists import CHUNK
 from requant_kernels.dense_sparse.triton.strips import STRIP
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
 STEP = 32  # slots
 # What the rest costs, in steps of a strip: a chunk of a list, and for every strip that there are lists at all.
 CHUNK_COST, LISTS_COST = 12, 1
-CHUNK = 32
 DEEPEST = 4  # times what the mean row needs, and a few
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
+IN_PLACE = 4  # tokens whose x is gathered as it is; more repay the launch that transposes it
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
 
@@ -44,6 +45,11 @@ class Tile:
             raise ValueError("kernel few: with one token there must be a warp for each strip and k_warp")
         if self.kernel == "middle" and self.k_warps != 1:
             raise ValueError("kernel middle: k_warps must be 1")
+
+    @property
+    def transposed(self) -> bool:
+        """Whether x at the columns of entries comes from a transposed copy."""
+        return self.tokens > IN_PLACE
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
