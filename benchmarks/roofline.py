@@ -24,9 +24,12 @@ from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS, Shape
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-# Of the loops on sm_90 (`make aot`), triton 3.9: a weight, by kernel; a slot; a slot and token.
-INSTRUCTIONS = {"few": 2.1, "middle": 3.7, "decode": 2.9}
+# Of the loops on sm_90 (`make aot`), triton 3.9: a weight, by kernel; with few tokens a slot, a slot and token; in the
+# middle what putting in entries adds for each weight, whose windows have two slots at 0.5 %.
+INSTRUCTIONS = {"few": 2.1, "middle": 3.3, "decode": 2.9}
 SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
+PATCH_INSTRUCTIONS = 5.1
+WINDOW_BITS = 8 / 64  # a weight: where a window begins
 FILL = 1.5  # slots an entry: every row of a strip has as many as its fullest ones want
 SECTOR = 32  # bytes, the least that comes from L2
 WORKSPACES = (32, 64, 128, 256)  # MiB
@@ -60,7 +63,7 @@ class Gpu:
 
 
 GPUS = (  # copy and product rates: 90 % and 80 % of the data sheet's; L2: assumed, not in any data sheet
-    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 5.5e12, 50 * 2**20, 790e12),
+    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 7.0e12, 50 * 2**20, 790e12),
     Gpu("A100 80 GB", "a100", 108, 1.41e9, 1.84e12, 4.0e12, 40 * 2**20, 250e12),
 )
 
@@ -119,8 +122,13 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     wanted = tile.programs // (row_tiles * token_tiles)
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
     entries = shape.weights * load.density
-    a_slot = SLOT_INSTRUCTIONS + TOKEN_INSTRUCTIONS * tile.tokens
-    instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + entries * FILL * a_slot)
+    if tile.kernel == "few":
+        for_entries = entries * FILL * (SLOT_INSTRUCTIONS + TOKEN_INSTRUCTIONS * tile.tokens)
+        stored = load.stored
+    else:
+        for_entries = shape.weights * PATCH_INSTRUCTIONS if entries else 0
+        stored = load.stored + (shape.weights * WINDOW_BITS / 8 if entries else 0)
+    instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
     transposed = tile.transposed and load.density > 0
     gathered = entries * token_tiles * max(SECTOR, 2 * tile.tokens) if transposed else 0  # few x fit into the L1
     activations = row_tiles * 2 * tokens * shape.columns + gathered
@@ -128,8 +136,8 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     flops = 2 * tile.tokens * token_tiles * shape.weights
     launches = 1 + (splits > 1) + transposed
     return Prediction(
-        memory=(load.stored + load.moved) / gpu.copy,
-        l2=(token_tiles * load.stored + activations + shares) / gpu.l2,
+        memory=(stored + load.moved) / gpu.copy,
+        l2=(token_tiles * stored + activations + shares) / gpu.l2,
         issue=instructions / gpu.instructions,
         tensor=flops / gpu.product / (0.6 if tile.kernel == "few" else 1.0),  # mma.sync does not reach wgmma's rate
         fixed=launches * gpu.launch,

@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 4, 8, 16, 32, 64, 128)  # tokens up to which a tile may serve
+ENDS = (1, 4, 8, 16, 32, 64, 128, 256)  # tokens up to which a tile may serve
 BITS = 4
 SCHEME = (BITS, 128, 0.005)
 OTHER_BITS = (2, 3, 8)
@@ -43,9 +43,8 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
         for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 4)):
             yield Tile("few", up_to, tokens, strips, warps, 3, waves * processors, k_warps)
     if up_to >= 16:
-        for tokens, (strips, warps), stages, waves in product(
-            sorted({min(up_to, 32), min(up_to, 64)}), ((4, 4), (8, 8)), (2, 3), (1, 2, 4)
-        ):
+        widths = sorted({min(up_to, tokens) for tokens in (32, 64, 128)})
+        for tokens, (strips, warps), stages, waves in product(widths, ((4, 4), (8, 8)), (2, 3), (1, 2, 4)):
             yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors)
 
 

@@ -1,10 +1,13 @@
 """The runtime layouts against their own description: naive loops read them back."""
 
+from itertools import product
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.layer import build
+from requant_kernels.dense_sparse.triton.leftovers import build_leftovers
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
 from requant_kernels.dense_sparse.triton.slots import STEP, Slots, build_slots, choose_depth
 from requant_kernels.dense_sparse.triton.strips import (
@@ -16,6 +19,7 @@ from requant_kernels.dense_sparse.triton.strips import (
     pack_strips,
     unit,
 )
+from requant_kernels.dense_sparse.triton.windows import Windows, build_windows, expected
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 
@@ -124,6 +128,30 @@ def test_a_full_row_becomes_overflow_lists():
     assert int(lists.overflow[1]) == 0
 
 
+@settings(max_examples=30)
+@given(part=parts(1, 40, 300, 1500))
+def test_leftovers_hold_every_entry_once_and_no_list_is_long(part):
+    values, mask = part
+    mask &= values != 0
+    sparse, strips = SparsePart.from_mask(values, mask), 8
+    left = build_leftovers(sparse, strips)
+    read = torch.zeros(left.lists * STRIP, values.shape[1], dtype=values.dtype)
+    for one in range(left.lists):
+        for entry in range(int(left.offsets[one]), int(left.offsets[one + 1])):
+            word = int(left.words[entry])
+            assert (word & 0xFFFF) // STRIP == one
+            read[word & 0xFFFF, left.columns[entry]] += torch.tensor(word >> 16, dtype=torch.int16).view(values.dtype)
+    owner = [*range(strips)]
+    for strip in range(strips):
+        owner += [strip] * int(left.overflow[strip + 1] - left.overflow[strip])
+    owner += [0] * (left.lists - len(owner))
+    whole = torch.zeros(strips, STRIP, values.shape[1], dtype=values.dtype)
+    whole.index_add_(0, torch.tensor(owner), read.view(left.lists, STRIP, -1))
+    assert torch.equal(whole.flatten(0, 1)[: len(values)], values * mask)
+    assert left.offsets.diff().max() <= max(256, LONGEST * -(-sparse.nnz // strips))
+    assert left.lists % 8 == 0
+
+
 def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The slots read back, by loops, as slots.py describes them."""
     strips, depth, _ = slots.slots.shape
@@ -148,6 +176,55 @@ def test_slots_and_the_rest_hold_every_entry_once(part):
     assert torch.equal(in_slots(slots, values.shape, values.dtype) + rest, values * mask)
 
 
+def in_windows(slots: Slots, windows: Windows, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """What windows show, read by loops as windows.py describes them."""
+    blocks, rows = windows.starts.shape
+    read = torch.zeros(rows, blocks * BLOCK, dtype=dtype)
+    for row, window in product(range(shape[0]), range(4 * blocks)):
+        byte = int(windows.starts[window // 4, row]) >> (8 * (window % 4)) & 0xFF
+        first = byte - 128 + int(expected(torch.tensor(window), slots.depth, blocks))
+        for slot in range(first, min(first + windows.width, 2 * slots.depth)):
+            word = int(slots.slots[row // STRIP, slot // 2, 2 * (row % STRIP) + slot % 2])
+            if word and (word & 0xFFFF) // 64 == window:
+                read[row, word & 0xFFFF] += torch.tensor(word >> 16, dtype=torch.int16).view(dtype)
+    return read[: shape[0], : shape[1]]
+
+
+@settings(max_examples=30)
+@given(part=parts(1, 40, 300))
+def test_windows_and_the_rest_hold_every_entry_once(part):
+    values, mask = part
+    mask &= values != 0
+    sparse = SparsePart.from_mask(values, mask)
+    slots = build_slots(sparse, 4)
+    assume(slots.depth)
+    windows = build_windows(slots, sparse, -(-values.shape[1] // BLOCK))
+    rest = 0 if windows.rest is None else windows.rest.to_dense()
+    assert torch.equal(in_windows(slots, windows, values.shape, values.dtype) + rest, values * mask)
+
+
+@pytest.mark.parametrize(("density", "width", "outside"), [(0.001, 1, 0.04), (0.005, 2, 0.02), (0.01, 4, 0.01)])
+def test_windows_hold_nearly_all_scattered_entries(density, width, outside):
+    mask = torch.rand(512, 4096, generator=torch.Generator().manual_seed(0)) < density
+    sparse = SparsePart.from_mask(torch.ones(512, 4096, dtype=torch.bfloat16), mask)
+    windows = build_windows(build_slots(sparse, 32), sparse, 16)
+    assert windows.width == width
+    assert windows.rest is not None
+    assert windows.rest.nnz <= outside * sparse.nnz
+
+
+def test_windows_find_entries_that_crowd_at_one_end():
+    mask = torch.zeros(16, 8192, dtype=torch.bool)
+    mask[:, -700::3] = True  # far from where they would be at equal distances
+    mask[3] = False
+    mask[3, 5] = True
+    sparse = SparsePart.from_mask(torch.ones(16, 8192, dtype=torch.bfloat16), mask)
+    slots = build_slots(sparse, 1)
+    windows = build_windows(slots, sparse, 32)
+    rest = 0 if windows.rest is None else windows.rest.to_dense()
+    assert torch.equal(in_windows(slots, windows, mask.shape, torch.bfloat16) + rest, sparse.to_dense())
+
+
 def test_one_crowded_row_does_not_deepen_every_strip():
     counts = torch.full((1024,), 20)
     even = choose_depth(counts)
@@ -157,7 +234,7 @@ def test_one_crowded_row_does_not_deepen_every_strip():
 
 def test_layers_that_differ_in_depth_alone_are_of_one_kind():
     scheme = LayerScheme(WeightScheme(4, 64), SparseScheme())
-    few, more = (build(random_weight(scheme, (32, 4096), density=density)) for density in (0.001, 0.003))
+    few, more = (build(random_weight(scheme, (256, 4096), density=density)) for density in (0.003, 0.004))
     assert few[0]["sparse_slots"].shape != more[0]["sparse_slots"].shape
     assert few[1] == more[1]  # so the second is not warmed up again
 

@@ -41,6 +41,8 @@ GRID = {
     "middle W8 per row float16": Case(33, 20, 300, 8, tile=MIDDLE, dtype=torch.float16),
     "middle W2 codebook": Case(20, 100, 256, 2, codebook=True, tile=replace(MIDDLE, tokens=16)),
     "middle crowded strip": Case(18, 48, 800, 4, sparse="strip", tile=MIDDLE),
+    "middle 0.5 %, whole blocks, split": Case(70, 40, 1024, 4, sparse=0.005, tile=replace(MIDDLE, programs=SPLIT)),
+    "middle row full, split": Case(20, 40, 1100, 3, sparse="row", tile=replace(MIDDLE, strips=4, programs=SPLIT)),
     "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
     "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),
     "many W4 g128": Case(300, 200, 384, 4, 128, tile=None),

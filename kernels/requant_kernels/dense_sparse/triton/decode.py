@@ -106,7 +106,7 @@ def _bit_masks(pair, BITS: tl.constexpr):
 
 
 @triton.jit
-def _halves(pair, DT: tl.constexpr):
+def halves(pair, DT: tl.constexpr):
     """int32 [...] -> its 16-bit halves as DT [..., 2]."""
     low = pair.to(tl.int16).to(DT, bitcast=True)
     high = (pair >> 16).to(tl.int16).to(DT, bitcast=True)
@@ -126,15 +126,15 @@ def _plane(
     """
     if KIND == CODEBOOK:
         pair = _codes(words, PLANE, BITS, 0)
-        return _halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
+        return halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
     elif tl.float16 == DT:
-        return _halves(_codes(words, PLANE, BITS, 0) | exponent, DT)
+        return halves(_codes(words, PLANE, BITS, 0) | exponent, DT)
     elif BITS == 8:
         pair = _codes(words, PLANE, BITS, 0)
         codes = tl.join(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
         return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
     else:
-        return _halves(_codes(words, PLANE, BITS, 7 - BITS) | exponent, DT)
+        return halves(_codes(words, PLANE, BITS, 7 - BITS) | exponent, DT)
 
 
 @triton.jit

@@ -157,7 +157,7 @@ def few_kernel(
                 most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
-                splits * KW, m, M, K, TOKENS, TOKENS, DT,
+                splits * KW, m, M, K, TOKENS, DT,
             )  # fmt: skip
         if KW > 1:
             sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))

@@ -9,16 +9,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["M"])
-def transpose_kernel(x_ptr, xt_ptr, M, K, stride, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """xt [K, stride] = x [M, K]^T, zero in columns M to stride. Grid (stride / TOKENS, ceil(K / COLUMNS))."""
+def transpose_kernel(x_ptr, xt_ptr, M, K, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    """xt [K, TOKENS] = x [M, K]^T, zero in columns from M on. Grid (ceil(K / COLUMNS),)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m = tl.arange(0, TOKENS)
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (k < K)[None, :]
-    x = tl.load(x_ptr + m[:, None].to(tl.int64) * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
-    tl.store(xt_ptr + k[:, None].to(tl.int64) * stride + m[None, :], tl.trans(x), mask=tl.trans(inside))
+    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
+    tl.store(xt_ptr + k[:, None] * TOKENS + m[None, :], tl.trans(x), mask=tl.trans(inside))
 
 
 @triton.jit(do_not_specialize=["M", "strips", "lists", "splits"], do_not_specialize_on_alignment=["bias_ptr"])

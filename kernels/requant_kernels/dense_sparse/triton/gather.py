@@ -36,13 +36,13 @@ def transposed(tokens):
 
 
 @triton.jit
-def gather(x_ptr, entries, columns, m, M, K, stride, TOKENS: tl.constexpr):
-    """x DT [..., TOKENS] at the columns of ``entries`` int32 [...], for tokens ``m``; zero where an entry is. x [M, K],
-    or x^T [K, stride] where a program's TOKENS are ``transposed``."""
+def gather(x_ptr, entries, columns, m, M, K, TOKENS: tl.constexpr):
+    """x DT [..., tokens] at the columns of ``entries`` int32 [...], for tokens ``m``; zero where an entry is. x [M, K],
+    or x^T [K, TOKENS] where a program's TOKENS are ``transposed``."""
     columns = tl.expand_dims(columns, -1)
     used = tl.expand_dims((entries >> 16) != 0, -1)
     if transposed(TOKENS):
-        return tl.load(x_ptr + (columns * stride + m), mask=used, other=0.0)
+        return tl.load(x_ptr + (columns * TOKENS + m), mask=used, other=0.0)
     else:
         return tl.load(x_ptr + (m * K + columns), mask=used & (m < M), other=0.0)
 
@@ -70,7 +70,7 @@ def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
     for q in tl.static_range(Q):
         for part in tl.static_range(parts_of(TOKENS)):
             m = part * 8 + tl.arange(0, TOKENS // parts_of(TOKENS))
-            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS, TOKENS)
+            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS)
             gathered = gathered + (x,)  # noqa: RUF005
     return gathered
 
@@ -103,15 +103,6 @@ def rows_of_slots(products, FIRST: tl.constexpr, COUNT: tl.constexpr, L: tl.cons
 
 
 @triton.jit
-def multiply_step(sums, x_ptr, slots, m, M, K, stride, TOKENS: tl.constexpr, DT: tl.constexpr):
-    """sums fp32 [L, 16, TOKENS] plus the products with a step's ``slots`` [L, 32], on the tensor cores: every value
-    stands in its row of a matrix."""
-    x = gather(x_ptr, slots, slots & 0xFFFF, m, M, K, stride, TOKENS)
-    hit = (tl.arange(0, 32) // 2)[None, None, :] == tl.arange(0, 16)[None, :, None]
-    return tl.dot(tl.where(hit, half_bits(slots, 1, DT)[:, None, :], 0.0).to(DT), x, sums)
-
-
-@triton.jit
 def most_chunks(bounds_ptr, first_list, S: tl.constexpr):
     """Of the S lists from ``first_list`` on, the number of chunks of the longest."""
     most = 0
@@ -123,7 +114,7 @@ def most_chunks(bounds_ptr, first_list, S: tl.constexpr):
 
 @triton.jit
 def multiply_lists(
-    acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, m, M, K, stride,
+    acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, m, M, K,
     TOKENS: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """acc fp32 [L, 16, TOKENS] plus the products of x with every ``parts``-th chunk, from ``part`` [L] on, of ``lists``
@@ -135,7 +126,7 @@ def multiply_lists(
         live = chunk < end
         e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
         columns = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
-        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, stride, TOKENS)
+        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, TOKENS)
         hit = ((e >> 12) & 0xF)[:, None, :] == tl.arange(0, 16)[None, :, None]
         acc = tl.dot(tl.where(hit, half_bits(e, 1, DT)[:, None, :], 0.0).to(DT), x, acc)
         chunk += parts

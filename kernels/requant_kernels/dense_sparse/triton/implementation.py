@@ -33,7 +33,7 @@ class Triton(Implementation):
         return supports(config) if there else (False, reason)
 
     def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
-        """codes, steps and sparse entries as strips.py and lists.py lay them out."""
+        """codes, steps and sparse entries as strips.py, slots.py, windows.py and lists.py lay them out."""
         tensors, meta = build(weight.to(config.device))
         return Prepared(self.name, weight.out_features, tensors, meta)
 
@@ -63,7 +63,7 @@ class Triton(Implementation):
 
 @cache
 def _layer(meta: tuple[int, ...]) -> Layer:
-    return Layer(*meta)
+    return Layer.of(meta)
 
 
 def supports(config: LayerConfig) -> tuple[bool, str]:

@@ -9,9 +9,10 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Beside, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.strips import BLOCK
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
 from requant_kernels.gpu import FP_FUSION
 
@@ -44,25 +45,38 @@ class Call:
 
     @property
     def slots(self) -> torch.Tensor:
-        """[strips, depth, 32]; a stand-in that no kernel reads where there are none; so with ``lists``."""
+        """[strips, depth, 32]; a stand-in that no kernel reads where there are none; so with what follows."""
         return self.tensors[2] if self.layer.steps else self.tensors[0]
 
     @property
-    def lists(self) -> list[torch.Tensor]:
+    def windows(self) -> torch.Tensor:
+        """[blocks, 16 * strips]."""
+        return self.tensors[3] if self.layer.window else self.tensors[0]
+
+    @property
+    def beside_slots(self) -> list[torch.Tensor]:
         """entries, segments, strip_chunks, bounds, overflow."""
-        return self.tensors[-5:] if self.layer.tail else [self.tensors[0]] * 5
+        first = 4 if self.layer.steps else 2
+        return self.tensors[first : first + 5] if self.layer.beside_slots.entries else [self.tensors[0]] * 5
+
+    @property
+    def beside_windows(self) -> list[torch.Tensor]:
+        """columns, words, offsets, overflow."""
+        return self.tensors[-4:] if self.layer.beside_windows.entries else [self.tensors[0]] * 4
 
     @property
     def exponent(self) -> int:
         """What decode.py puts above a code: the kernels' argument of that name."""
         return EXPONENTS[self.x.dtype]
 
+    @property
     def constants(self) -> dict[str, Any]:
-        layer = self.layer
-        return {"BITS": layer.bits, "GROUP": layer.group, "KIND": layer.kind} | {
-            "SLOTS": bool(layer.steps),
-            "LISTS": bool(layer.tail),
-        }
+        return {"BITS": self.layer.bits, "GROUP": self.layer.group, "KIND": self.layer.kind}
+
+    @property
+    def sparse_constants(self) -> dict[str, bool]:
+        """Of kernels that read slots, and the lists beside them."""
+        return {"SLOTS": bool(self.layer.steps), "LISTS": bool(self.layer.beside_slots.entries)}
 
     def steps(self, most: int) -> tuple[int, bool]:
         """How many steps of the slots go with each block of columns, at most ``most``, and whether some are left."""
@@ -75,10 +89,10 @@ def most_steps(tile: Tile) -> int:
 
 
 @cache
-def column_splits(layer: Layer, tile: Tile, token_tiles: int) -> int:
+def column_splits(blocks: int, row_tiles: int, tile: Tile, token_tiles: int) -> int:
     """Programs among which the columns are split so that about ``tile.programs`` run; none of them is idle."""
-    wanted = tile.programs // (layer.lists // tile.strips * token_tiles)
-    steps = -(-layer.blocks // tile.k_warps)
+    wanted = tile.programs // (row_tiles * token_tiles)
+    steps = -(-blocks // tile.k_warps)
     share = -(-steps // max(1, min(wanted, steps, MAX_SPLITS)))
     return -(-steps // share)
 
@@ -90,24 +104,28 @@ def run(call: Call, table: Table) -> torch.Tensor:
     tile = table.tile(call.tokens, layer.bits, layer.kind == CODEBOOK)
     if tile is None:
         return _decode_and_multiply(call, table.decode)
-    token_tiles = -(-call.tokens // tile.tokens)
-    splits = column_splits(layer, tile, token_tiles)
-    if splits == 1 and not layer.overflow:
+    if tile.kernel == "few":
+        launch, beside, lists = _few, layer.beside_slots, call.beside_slots
+    else:
+        launch, beside, lists = _middle, layer.beside_windows, call.beside_windows
+    row_tiles, token_tiles = beside.lists // tile.strips, -(-call.tokens // tile.tokens)
+    splits = column_splits(layer.blocks, row_tiles, tile, token_tiles)
+    if splits == 1 and not beside.overflow:
         out = call.x.new_empty(call.tokens, call.out_features)
-        _launch(call, tile, token_tiles, splits, out, partial=False, options=options)
+        launch(call, tile, (token_tiles, row_tiles, splits), out, options)
         return out
-    shares = call.x.new_empty(splits, call.tokens, 16 * layer.lists, dtype=torch.float32)
-    _launch(call, tile, token_tiles, splits, shares, partial=True, options=options)
-    return _reduce(call, shares, options)
+    shares = call.x.new_empty(splits, call.tokens, 16 * beside.lists, dtype=torch.float32)
+    launch(call, tile, (token_tiles, row_tiles, splits), shares, options)
+    return _reduce(call, shares, beside, lists[-1], options)
 
 
-def _launch(
-    call: Call, tile: Tile, token_tiles: int, splits: int, out: torch.Tensor, *, partial: bool, options: dict[str, Any]
-) -> None:
+Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
+
+
+def _shared(call: Call, tile: Tile, out: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
+    """What both matrix kernels take: the bias, sizes, constants. ``out`` is fp32 where it takes shares of the sums."""
     layer = call.layer
-    codes, scales = call.dense
-    entries, segments, _, bounds, _ = call.lists
-    row_tiles = layer.lists // tile.strips
+    partial = out.dtype == torch.float32
     bias = None if partial else call.bias
     sizes = (
         call.tokens,
@@ -120,41 +138,54 @@ def _launch(
         call.exponent,
         call.slots.shape[1],
     )
+    constants = {"PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
+    constants |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
+    return call.x if bias is None else bias, sizes, constants
+
+
+def _few(call: Call, tile: Tile, grid: Grid, out: torch.Tensor, options: dict[str, Any]) -> None:
+    entries, segments, _, bounds, _ = call.beside_slots
+    bias, sizes, constants = _shared(call, tile, out)
     q, rest = call.steps(most_steps(tile))
-    more = {"REST": rest, "PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
-    more |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants(), **options}
-    stride = token_tiles * tile.tokens
-    xt = _transpose(call.x, stride, tile.tokens, options) if layer.sparse and tile.transposed else call.x
-    arrays = (xt, out, call.x if bias is None else bias, codes, scales, call.slots, entries, segments, bounds)
-    if tile.kernel == "few":
-        few_kernel[(row_tiles, splits)](call.x, *arrays, *sizes, KW=tile.k_warps, Q=q, QUADS=QUADS, **more)
-    else:
-        middle_kernel[(token_tiles, row_tiles, splits)](call.x, *arrays, *sizes, stride, **more)
+    xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
+    arrays = (call.x, xt, out, bias, *call.dense, call.slots, entries, segments, bounds)
+    constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
+    few_kernel[grid[1:]](*arrays, *sizes, **constants, **options)
 
 
-def _transpose(x: torch.Tensor, stride: int, tokens: int, options: dict[str, Any]) -> torch.Tensor:
-    xt = x.new_empty(x.shape[1], stride)
-    grid = (stride // tokens, -(-x.shape[1] // TRANSPOSE_COLUMNS))
-    sizes = (*x.shape, stride)
-    transpose_kernel[grid](x, xt, *sizes, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
+def _middle(call: Call, tile: Tile, grid: Grid, out: torch.Tensor, options: dict[str, Any]) -> None:
+    layer = call.layer
+    bias, sizes, constants = _shared(call, tile, out)
+    arrays = (call.x, out, bias, *call.dense, call.slots, call.windows, *call.beside_windows[:3])
+    constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
+    constants["WHOLE"] = layer.in_features % BLOCK == 0
+    middle_kernel[grid](*arrays, *sizes, **constants, **options)
+
+
+def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:
+    xt = x.new_empty(x.shape[1], tokens)
+    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS),)
+    transpose_kernel[grid](x, xt, *x.shape, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
     return xt
 
 
-def _reduce(call: Call, shares: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    layer, splits = call.layer, shares.shape[0]
+def _reduce(
+    call: Call, shares: torch.Tensor, beside: Beside, overflow: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    splits = shares.shape[0]
     out = call.x.new_empty(call.tokens, call.out_features)
     reduce_kernel[(-(-call.out_features // REDUCE_COLUMNS), call.tokens)](
         shares,
         out,
         call.x if call.bias is None else call.bias,
-        call.lists[4],
+        overflow,
         call.tokens,
         call.out_features,
-        layer.strips,
-        layer.lists,
+        call.layer.strips,
+        beside.lists,
         splits,
         BIAS=call.bias is not None,
-        OVERFLOW=bool(layer.overflow),
+        OVERFLOW=bool(beside.overflow),
         SPLITS=triton.next_power_of_2(splits),
         COLUMNS=REDUCE_COLUMNS,
         num_warps=4,
@@ -182,7 +213,7 @@ def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
 def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> None:
     layer, rows = call.layer, weight.shape[0]
     codes, scales = call.dense
-    entries, segments, chunks, *_ = call.lists
+    entries, segments, chunks, *_ = call.beside_slots
     decode_kernel[(-(-rows // (16 * decode.strips)),)](
         weight,
         codes,
@@ -199,7 +230,8 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         layer.scale_step,
         call.exponent,
         call.slots.shape[1],
-        **call.constants(),
+        **call.constants,
+        **call.sparse_constants,
         S=decode.strips,
         KW=decode.k_warps,
         num_warps=decode.warps,

@@ -1,22 +1,33 @@
 """A layer in the kernels' layout, as the tensors and integers that pass through the operator."""
 
-from dataclasses import astuple, dataclass
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Self
 
 import torch
 
+from requant_kernels.dense_sparse.triton.leftovers import Leftovers, build_leftovers
 from requant_kernels.dense_sparse.triton.lists import Lists, build_lists
 from requant_kernels.dense_sparse.triton.slots import build_slots
 from requant_kernels.dense_sparse.triton.strips import build_strips
+from requant_kernels.dense_sparse.triton.windows import build_windows
 from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
+class Beside(NamedTuple):
+    """Lists of the entries that stand in no slot, or no window."""
+
+    lists: int  # strips and, behind them, overflow; a multiple of 8
+    overflow: int  # 1 where there are overflow lists
+    entries: int  # 1 where there are any
+
+
 @dataclass(frozen=True)
 class Layer:
-    """Everything about a layer that chooses and sizes a launch: ``Prepared.meta``."""
+    """Everything about a layer that chooses and sizes a launch; ``Prepared.meta`` in the order of ``ints``."""
 
     in_features: int
     bits: int
@@ -25,18 +36,24 @@ class Layer:
     scale_step: int
     strips: int
     blocks: int
-    lists: int  # strips and, behind them, overflow; a multiple of 8
-    overflow: int  # 1 where there are overflow lists
     steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
-    tail: int  # 1 where there are entries in lists
+    window: int  # slots of a window; 0 where there are no slots
+    beside_slots: Beside
+    beside_windows: Beside  # leftovers; all entries where there are no windows
 
     @classmethod
-    def of(cls, meta: list[int]) -> Self:
-        return cls(*meta)
+    def of(cls, ints: Sequence[int]) -> Self:
+        values: list[Any] = [*ints[:9], Beside(*ints[9:12]), Beside(*ints[12:])]
+        return cls(*values)
+
+    @property
+    def ints(self) -> tuple[int, ...]:
+        *sizes, slots, windows = (getattr(self, field.name) for field in fields(self))
+        return (*sizes, *slots, *windows)
 
     @property
     def sparse(self) -> bool:
-        return bool(self.steps or self.tail)
+        return bool(self.steps or self.beside_slots.entries)
 
     @property
     def rows(self) -> int:
@@ -49,26 +66,30 @@ def kind_of(weight: DenseSparseWeight) -> int:
     return SYMMETRIC if weight.zero_point is None else ASYMMETRIC
 
 
-def _list_tensors(lists: Lists) -> dict[str, torch.Tensor]:
-    return {
-        "sparse_entries": lists.entries,
-        "sparse_segments": lists.segments,
-        "sparse_chunks": lists.strip_chunks,
-        "sparse_bounds": lists.bounds,
-        "sparse_overflow": lists.overflow,
-    }
+def _tensors(part: Lists | Leftovers, name: str) -> dict[str, torch.Tensor]:
+    return {f"sparse_{name}_{field.name}": getattr(part, field.name) for field in fields(part)}
+
+
+def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
+    return Beside(lists.lists, int(lists.lists > strips), 1) if lists else Beside(strips, 0, 0)
 
 
 def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """(tensors, meta) of ``weight``, laid out on its device. Slots and lists are absent where they hold nothing."""
     strips = build_strips(weight)
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
-    slots = build_slots(weight.sparse, strips.strips) if weight.sparse and weight.sparse.nnz else None
+    sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
+    slots = build_slots(sparse, strips.strips) if sparse else None
+    windows = build_windows(slots, sparse, strips.blocks) if sparse and slots and slots.depth else None
     lists = build_lists(slots.rest, strips.strips) if slots and slots.rest else None
-    if slots and slots.depth:
-        tensors["sparse_slots"] = slots.slots
+    rest = windows.rest if windows else sparse
+    leftovers = build_leftovers(rest, strips.strips) if rest else None
+    if slots and windows:
+        tensors |= {"sparse_slots": slots.slots, "sparse_windows": windows.starts}
     if lists:
-        tensors |= _list_tensors(lists)
+        tensors |= _tensors(lists, "lists")
+    if leftovers:
+        tensors |= _tensors(leftovers, "left")
     layer = Layer(
         in_features=weight.in_features,
         bits=weight.scheme.weights.bits,
@@ -77,9 +98,9 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         scale_step=strips.scale_step,
         strips=strips.strips,
         blocks=strips.blocks,
-        lists=lists.lists if lists else strips.strips,
-        overflow=int(lists is not None and lists.lists > strips.strips),
         steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
-        tail=int(lists is not None),
+        window=windows.width if windows else 0,
+        beside_slots=_beside(lists, strips.strips),
+        beside_windows=_beside(leftovers, strips.strips),
     )
-    return tensors, astuple(layer)
+    return tensors, layer.ints

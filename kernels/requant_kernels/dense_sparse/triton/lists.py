@@ -39,7 +39,8 @@ class Lists:
         return self.bounds.shape[0]
 
 
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
+def offsets_of(counts: torch.Tensor) -> torch.Tensor:
+    """int64 [n + 1]: where each of n runs of ``counts`` elements begins, and the last one ends."""
     offsets = torch.zeros(len(counts) + 1, dtype=torch.int64, device=counts.device)
     offsets[1:] = counts.cumsum(0)
     return offsets
@@ -53,10 +54,10 @@ def _entries(sparse: SparsePart, strips: int) -> tuple[torch.Tensor, torch.Tenso
     order = torch.argsort(bucket * SEGMENT + columns % SEGMENT, stable=True)
     counts = torch.bincount(bucket, minlength=strips * segments_a_row)
     chunks = -(-counts // CHUNK)
-    first_chunk = _offsets(chunks)
+    first_chunk = offsets_of(chunks)
     entries = torch.zeros(int(first_chunk[-1]) * CHUNK, dtype=torch.int32, device=device)
     bucket, rows, columns = bucket[order], rows[order], columns[order]
-    place = torch.arange(len(order), device=device) - _offsets(counts)[bucket] + first_chunk[bucket] * CHUNK
+    place = torch.arange(len(order), device=device) - offsets_of(counts)[bucket] + first_chunk[bucket] * CHUNK
     bits = sparse.values[order].view(torch.int16).to(torch.int32)
     entries[place] = (bits << 16) | (rows % STRIP << 12).to(torch.int32) | (columns % SEGMENT).to(torch.int32)
     base = torch.arange(strips * segments_a_row, device=device) % segments_a_row * SEGMENT
@@ -70,7 +71,7 @@ def _bounds(strip_chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(SHORT, LONGEST * -(-int(strip_chunks[-1]) // len(start)))
     pieces = (-(-(end - start) // longest)).clamp(min=1)
     strip = torch.repeat_interleave(torch.arange(len(start), device=start.device), pieces - 1)
-    overflow = _offsets(pieces - 1)
+    overflow = offsets_of(pieces - 1)
     piece = torch.arange(len(strip), device=start.device) - overflow[strip] + 1
     more_start = start[strip] + piece * longest
     starts = torch.cat([start, more_start])

@@ -1,7 +1,8 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 # ruff: noqa: PLR0912, PLR0915, PLR0917
-"""More tokens: tiles of rows x tokens on the tensor cores, weights decoded straight into the A operand's registers."""
+"""More tokens: tiles of rows x tokens on the tensor cores, weights decoded straight into the A operand's registers, and
+entries put in among them (patch.py)."""
 
 import triton
 import triton.language as tl
@@ -17,23 +18,24 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     tile,
 )
-from requant_kernels.dense_sparse.triton.gather import fetch_step, most_chunks, multiply_lists, multiply_step
+from requant_kernels.dense_sparse.triton.patch import load_windows, multiply_leftovers, patch
 
 
 @triton.jit(
     do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
 )
 def middle_kernel(
-    x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
-    M, N, K, blocks, strips, width, scale_step, exponent, depth, stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
-    REST: tl.constexpr, BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
+    M, N, K, blocks, strips, width, scale_step, exponent, depth,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
+    WHOLE: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
-    Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile. xt
-    is x^T [K, stride], padded to whole tiles of tokens; with it a gathered column is one contiguous copy.
+    Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
+    starts: ``Windows``, WINDOW slots each, 0 for none. WHOLE: K is a multiple of 256. With
+    LISTS there are ``Leftovers``.
     """
     if PDL:
         gdc_launch_dependents()
@@ -41,6 +43,8 @@ def middle_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     R: tl.constexpr = 16 * S
+    # Words wait in registers for an iteration; those of 8 bits, or of 4 beside a codebook, would be too many.
+    AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK
     first = tl.program_id(1) * S
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -56,49 +60,53 @@ def middle_kernel(
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + tl.where(first < strips, first, 0) * 16, width, BITS, S)
 
-    strip = first + tl.arange(0, S)
-    sums = tl.zeros((S, 16, TOKENS), tl.float32)
+    if WINDOW:
+        row_at = slots_ptr + n // 16 * depth * 32 + n % 16 * 2
+        starts_at = starts_ptr + n
+        starts = tl.load(starts_at + lo * width, mask=tl.full((R,), lo, tl.int32) < hi, other=0)
     if LISTS:
-        most = most_chunks(bounds_ptr, first, S)
+        start = tl.load(offsets_ptr + first)
+        end = tl.load(offsets_ptr + first + S)
+    words = ()
+    if AHEAD:
+        words = load_words(words_at, tl.full((S, 1), lo, tl.int32) < hi, BITS, S, 1)
     if PDL:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
+    x_at = x_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K  # beyond the last token it again: not stored
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
-        words = load_words(words_at, tl.full((S, 1), block, tl.int32) < hi, BITS, S, 1)
-        words_at += BITS * 128
+        if AHEAD:
+            now = words
+            words_at += BITS * 128
+            words = load_words(words_at, tl.full((S, 1), block + 1, tl.int32) < hi, BITS, S, 1)
+        else:
+            now = load_words(words_at, tl.full((S, 1), block, tl.int32) < hi, BITS, S, 1)
+            words_at += BITS * 128
         scales = ()
         if KIND != CODEBOOK:
             scales = load_rows(scales_ptr + block * scale_step + n[None, :], width, WORDS)
+        if WINDOW:
+            slots = load_windows(row_at, starts, block, depth, blocks, WINDOW)
+            # wanted by the addresses of the next iteration, whose copies then have as long as those of x
+            starts = tl.load(starts_at + (block + 1) * width, mask=tl.full((R,), block + 1, tl.int32) < hi, other=0)
         for part in tl.static_range(256 // SPAN):
             k = block * 256 + part * SPAN + tl.arange(0, SPAN)
-            x = tl.load(
-                x_ptr + m[:, None].to(tl.int64) * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0
-            )
-            w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT, False)
+            if WHOLE:  # noqa: SIM108 (of the two only one is compiled)
+                x = tl.load(x_at + k[None, :])
+            else:
+                x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
+            w = tile(now, levels, exponent, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT, False)
             if KIND != CODEBOOK:
                 w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
                 w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-            acc = tl.dot(tl.reshape(w, (R, SPAN)), tl.trans(x), acc)
+            w = tl.reshape(w, (R, SPAN))
+            if WINDOW:
+                w = (w + patch(slots, block, part, SPAN, WINDOW, DT)).to(DT)
+            acc = tl.dot(w, tl.trans(x), acc)
 
-        if SLOTS:
-            slots = fetch_step(slots_ptr, strip, tl.full((S,), block, tl.int32), depth, depth)
-            sums = multiply_step(sums, xt_ptr, slots, m, M, K, stride, TOKENS, DT)
-
-    if REST:
-        step = tl.full((S,), blocks + split, tl.int32)
-        limit = tl.where(first < strips, depth, 0)  # overflow lists have no slots
-        for _ in tl.range(0, tl.cdiv(depth - blocks, splits), num_stages=1):
-            slots = fetch_step(slots_ptr, strip, step, depth, limit)
-            sums = multiply_step(sums, xt_ptr, slots, m, M, K, stride, TOKENS, DT)
-            step += splits
     if LISTS:
-        sums = multiply_lists(
-            sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, strip, tl.full((S,), split, tl.int32),
-            splits, m, M, K, stride, TOKENS, DT,
-        )  # fmt: skip
-    if SLOTS or LISTS:
-        acc += tl.reshape(sums, (R, TOKENS))
+        acc = multiply_leftovers(acc, start, end, x_at, columns_ptr, words_ptr, n, split, splits, 16, DT)
 
     live = (m < M)[None, :]
     if PARTIAL:

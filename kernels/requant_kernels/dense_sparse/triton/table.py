@@ -49,7 +49,7 @@ class Tile:
     @property
     def transposed(self) -> bool:
         """Whether x at the columns of entries comes from a transposed copy."""
-        return self.tokens > IN_PLACE
+        return self.kernel == "few" and self.tokens > IN_PLACE
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (

@@ -14,13 +14,15 @@ from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, SYMM
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.table import Decode, Tile, tables
+from requant_kernels.dense_sparse.triton.windows import WIDTHS
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
 ACTIVATIONS = ("x_ptr", "xt_ptr", "bias_ptr", "out_ptr", "w_ptr")
-ALIGNED = ("N", "K", "width", "scale_step", "stride")
+ALIGNED = ("N", "K", "width", "scale_step")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
 GROUPS = (16, 32, 64, 128, 256)
+USUAL = 2  # slots of a window, with 0.5 % entries
 
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -58,19 +60,20 @@ def _variant(  # noqa: PLR0917
     crowded: bool = False,
 ) -> Variant:
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
-    constants |= {"SLOTS": sparse, "LISTS": sparse}
+    constants["LISTS"] = sparse
     tile = rule if isinstance(rule, Tile) else None
     kernel, label = decode_kernel, "decode"
     if tile:
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
         constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
-        constants["REST"] = crowded
         constants["PDL"] = tables()[table].pdl
     if kernel is few_kernel:
-        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1}
-    if kernel is not middle_kernel:
-        constants["KW"] = rule.k_warps
+        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1, "REST": crowded}
+    if kernel is middle_kernel:
+        constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "WHOLE": not crowded}
+    else:
+        constants |= {"SLOTS": sparse, "KW": rule.k_warps}
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
     name += (" crowded" if crowded else " sparse" if sparse else " dense") + (" partial" if partial else "")
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
@@ -140,9 +143,9 @@ def _fixups() -> Iterator[Variant]:
     reduce = {"BIAS": True, "OVERFLOW": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
-    transpose = {"TOKENS": 64, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
+    transpose = {"TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
     signature = _signature(transpose_kernel, "bf16", transpose)
-    yield Variant("transpose m64", transpose_kernel, signature, transpose, ("K", "stride"), 4, 3, targets)
+    yield Variant("transpose m16", transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
 
 
 def variants(everything: bool) -> Iterator[Variant]:
