@@ -3,7 +3,7 @@
     python benchmarks/roofline.py        the tables of docs/ROOFLINE.md, in Markdown
 
 The model is a maximum of four times (device memory, L2 to multiprocessors, instructions, tensor cores) plus what does
-not overlap (launches, transpose, reduction, decoding before a product). It predicts no stalls: a measured time above it
+not overlap (launches, transpose, the sum of shares, decoding before a product). It predicts no stalls: a measured time above it
 by half is ordinary.
 
 Beyond every tile a slice of the layer is decoded, then multiplied. Both run in waves of one program a processor, so a
@@ -31,6 +31,7 @@ SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
 PATCH_INSTRUCTIONS = 5.1
 WINDOW_BITS = 8 / 64  # a weight: where a window begins
 FILL = 1.5  # slots an entry: every row of a strip has as many as its fullest ones want
+JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 SECTOR = 32  # bytes, the least that comes from L2
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
@@ -134,13 +135,13 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     activations = row_tiles * 2 * tokens * shape.columns + gathered
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * tile.tokens * token_tiles * shape.weights
-    launches = 1 + (splits > 1) + transposed
+    fixed = (1 + transposed) * gpu.launch + (splits > 1) * JOIN
     return Prediction(
         memory=(stored + load.moved) / gpu.copy,
         l2=(token_tiles * stored + activations + shares) / gpu.l2,
         issue=instructions / gpu.instructions,
         tensor=flops / gpu.product / (0.6 if tile.kernel == "few" else 1.0),  # mma.sync does not reach wgmma's rate
-        fixed=launches * gpu.launch,
+        fixed=fixed,
     )
 
 

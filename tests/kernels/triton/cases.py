@@ -77,13 +77,9 @@ def run(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, to
     bias = torch.randn(case.rows).to(case.dtype) if case.bias else None
     implementation = Triton(case.table)
     prepared = implementation.prepare(weight, LayerConfig.of(weight, case.dtype, torch.device(device)))
-    y = implementation.apply(
-        x.to(device),
-        list(prepared.tensors.values()),
-        None if bias is None else bias.to(device),
-        case.rows,
-        list(prepared.meta),
-    ).cpu()
+    arguments = (None if bias is None else bias.to(device), case.rows, list(prepared.meta))
+    y = implementation.apply(x.to(device), list(prepared.tensors.values()), *arguments).cpu()
+    assert not prepared.tensors["arrived"].any(), "the count of shares is not back at zero"
     dense = reference.dequantize(weight).double()
     shift = torch.zeros(case.rows).double() if bias is None else bias.double()
     return y, x.double() @ dense.T + shift, x.double().abs() @ dense.abs().T + shift.abs()

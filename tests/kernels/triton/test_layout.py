@@ -252,4 +252,4 @@ def test_columns_that_do_not_fit_a_slot_stay_in_lists():
 def test_a_layer_without_entries_has_no_sparse_tensors():
     weight = random_weight(LayerScheme(WeightScheme(4, 64), SparseScheme()), (20, 128), density=0.0)
     tensors, _ = build(weight)
-    assert list(tensors) == ["weight_packed", "weight_scale"]
+    assert list(tensors) == ["weight_packed", "weight_scale", "arrived"]

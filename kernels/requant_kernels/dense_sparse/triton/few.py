@@ -23,6 +23,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     quads,
     tile,
 )
+from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.gather import (
     add_products,
     fetch_slots,
@@ -39,18 +40,19 @@ from requant_kernels.dense_sparse.triton.gather import (
     do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
 )
 def few_kernel(
-    x_ptr, xt_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, bounds_ptr,
+    x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
+    entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; with PARTIAL this program's share of it, fp32.
+    """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; ``finish`` says what SPLIT does.
 
     Grid (lists / S, splits of the columns). Lists beyond ``strips`` are the overflow of crowded strips (layout.py):
-    they have no dense part, and their sums go to columns of ``out`` beyond N, which ``reduce_kernel`` adds back.
-    out: DT [M, N], or fp32 [splits, M, 16 * lists] with PARTIAL. scales: int32 words [.., width], or the levels.
+    they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel`` adds back.
+    scales: int32 words [.., width], or the levels.
     xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns,
     and what is left of them, with REST, comes after all blocks.
     """
@@ -164,12 +166,8 @@ def few_kernel(
         acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))
     y = tl.reshape(acc, (16 * S, TOKENS)) if KW == 1 else tl.sum(acc, 0)
 
-    live = (m < M)[None, :]
-    if PARTIAL:
-        row = (split * M + m).to(tl.int64) * (tl.num_programs(0) * 16 * S)
-        tl.store(out_ptr + row[None, :] + n[:, None], y, mask=live)
-    else:
-        live = live & (n < N)[:, None]
-        if BIAS:
-            y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + m[None, :] * N + n[:, None], y.to(DT), mask=live)
+    arrived_at = arrived_ptr + tl.program_id(0)
+    finish(
+        y, out_ptr, shares_ptr, arrived_at, bias_ptr, m, n, M, N, split, splits, tl.num_programs(0) * 16 * S,
+        SPLIT, BIAS, DT,
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 # ruff: noqa: PLR0917
-"""The two small passes around the matrix kernels: x transposed before, partial sums added up after."""
+"""The two small passes around the matrix kernels: x transposed before, and, where there is overflow, sums added up
+after."""
 
 import triton
 import triton.language as tl
@@ -23,14 +24,13 @@ def transpose_kernel(x_ptr, xt_ptr, M, K, TOKENS: tl.constexpr, COLUMNS: tl.cons
 
 @triton.jit(do_not_specialize=["M", "strips", "lists", "splits"], do_not_specialize_on_alignment=["bias_ptr"])
 def reduce_kernel(
-    partial_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, lists, splits,
-    BIAS: tl.constexpr, OVERFLOW: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    shares_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, lists, splits,
+    BIAS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out DT [M, N] = sums over ``splits`` <= SPLITS of partial fp32 [splits, M, 16 * lists], plus bias.
+    """out DT [M, N] = sums over ``splits`` <= SPLITS of shares fp32 [splits, M, 16 * lists], plus bias.
 
-    With OVERFLOW, lists [strips + overflow[s], strips + overflow[s + 1]) belong to strip s too and are added in that
-    order. Grid (ceil(N / COLUMNS), M). Every sum has one order: the same input gives the same bits.
+    Lists [strips + overflow[s], strips + overflow[s + 1]) belong to strip s too and are added in that order. Grid
+    (ceil(N / COLUMNS), M). Every sum has one order: the same input gives the same bits.
     """
     if PDL:
         gdc_launch_dependents()
@@ -39,18 +39,16 @@ def reduce_kernel(
     m = tl.program_id(1)
     live = n < N
     split = tl.arange(0, SPLITS)
-    width = lists * 16
-    at = partial_ptr + (split * M + m).to(tl.int64)[:, None] * width
+    at = shares_ptr + (split * M + m).to(tl.int64)[:, None] * (lists * 16)
     taken = (split < splits)[:, None] & live[None, :]
     y = tl.sum(tl.load(at + n[None, :], mask=taken, other=0.0), 0)
-    if OVERFLOW:
-        more = tl.load(overflow_ptr + n // 16, mask=live, other=0)
-        end = tl.load(overflow_ptr + n // 16 + 1, mask=live, other=0)
-        for _ in range(tl.max(end - more)):
-            there = taken & (more < end)[None, :]
-            column = (strips + more) * 16 + n % 16
-            y += tl.sum(tl.load(at + column[None, :], mask=there, other=0.0), 0)
-            more += 1
+    more = tl.load(overflow_ptr + n // 16, mask=live, other=0)
+    end = tl.load(overflow_ptr + n // 16 + 1, mask=live, other=0)
+    for _ in range(tl.max(end - more)):
+        there = taken & (more < end)[None, :]
+        column = (strips + more) * 16 + n % 16
+        y += tl.sum(tl.load(at + column[None, :], mask=there, other=0.0), 0)
+        more += 1
     if BIAS:
         y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)
     tl.store(out_ptr + m.to(tl.int64) * N + n, y.to(out_ptr.dtype.element_ty), mask=live)

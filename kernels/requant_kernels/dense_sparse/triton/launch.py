@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Beside, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, TILES, WHOLE, Beside, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
@@ -44,19 +44,24 @@ class Call:
         return self.tensors[0], self.tensors[1]
 
     @property
+    def arrived(self) -> torch.Tensor:
+        """[TILES], all zero."""
+        return self.tensors[2]
+
+    @property
     def slots(self) -> torch.Tensor:
         """[strips, depth, 32]; a stand-in that no kernel reads where there are none; so with what follows."""
-        return self.tensors[2] if self.layer.steps else self.tensors[0]
+        return self.tensors[3] if self.layer.steps else self.tensors[0]
 
     @property
     def windows(self) -> torch.Tensor:
         """[blocks, 16 * strips]."""
-        return self.tensors[3] if self.layer.window else self.tensors[0]
+        return self.tensors[4] if self.layer.window else self.tensors[0]
 
     @property
     def beside_slots(self) -> list[torch.Tensor]:
         """entries, segments, strip_chunks, bounds, overflow."""
-        first = 4 if self.layer.steps else 2
+        first = 5 if self.layer.steps else 3
         return self.tensors[first : first + 5] if self.layer.beside_slots.entries else [self.tensors[0]] * 5
 
     @property
@@ -89,12 +94,26 @@ def most_steps(tile: Tile) -> int:
 
 
 @cache
-def column_splits(blocks: int, row_tiles: int, tile: Tile, token_tiles: int) -> int:
-    """Programs among which the columns are split so that about ``tile.programs`` run; none of them is idle."""
-    wanted = tile.programs // (row_tiles * token_tiles)
+def column_splits(blocks: int, tiles: int, tile: Tile) -> int:
+    """Programs among which the columns are split so that about ``tile.programs`` run on ``tiles`` of rows and tokens;
+    none of them is idle."""
+    wanted = tile.programs // tiles if tiles <= TILES else 1
     steps = -(-blocks // tile.k_warps)
     share = -(-steps // max(1, min(wanted, steps, MAX_SPLITS)))
     return -(-steps // share)
+
+
+Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What becomes of the sums (finish.py): ``out`` [M, N] of x's dtype, and fp32 ``shares`` [splits, M, 16 * lists],
+    a stand-in where SPLIT is WHOLE."""
+
+    split: int
+    out: torch.Tensor
+    shares: torch.Tensor
 
 
 def run(call: Call, table: Table) -> torch.Tensor:
@@ -109,24 +128,21 @@ def run(call: Call, table: Table) -> torch.Tensor:
     else:
         launch, beside, lists = _middle, layer.beside_windows, call.beside_windows
     row_tiles, token_tiles = beside.lists // tile.strips, -(-call.tokens // tile.tokens)
-    splits = column_splits(layer.blocks, row_tiles, tile, token_tiles)
-    if splits == 1 and not beside.overflow:
-        out = call.x.new_empty(call.tokens, call.out_features)
-        launch(call, tile, (token_tiles, row_tiles, splits), out, options)
-        return out
-    shares = call.x.new_empty(splits, call.tokens, 16 * beside.lists, dtype=torch.float32)
-    launch(call, tile, (token_tiles, row_tiles, splits), shares, options)
-    return _reduce(call, shares, beside, lists[-1], options)
+    splits = column_splits(layer.blocks, row_tiles * token_tiles, tile)
+    split = LATER if beside.overflow else HERE if splits > 1 else WHOLE
+    out = call.x.new_empty(call.tokens, call.out_features)
+    shares = call.x.new_empty(splits, call.tokens, 16 * beside.lists, dtype=torch.float32) if split else out
+    launch(call, tile, (token_tiles, row_tiles, splits), Sums(split, out, shares), options)
+    if split == LATER:
+        _reduce(call, Sums(split, out, shares), beside, lists[-1], options)
+    return out
 
 
-Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
-
-
-def _shared(call: Call, tile: Tile, out: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
-    """What both matrix kernels take: the bias, sizes, constants. ``out`` is fp32 where it takes shares of the sums."""
+def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tuple[int, ...], dict[str, Any]]:
+    """What both matrix kernels take: arrays from the output to the slots, sizes, constants."""
     layer = call.layer
-    partial = out.dtype == torch.float32
-    bias = None if partial else call.bias
+    bias = call.bias if sums.split != LATER else None
+    arrays = [sums.out, sums.shares, call.arrived, call.x if bias is None else bias, *call.dense, call.slots]
     sizes = (
         call.tokens,
         call.out_features,
@@ -138,28 +154,26 @@ def _shared(call: Call, tile: Tile, out: torch.Tensor) -> tuple[torch.Tensor, tu
         call.exponent,
         call.slots.shape[1],
     )
-    constants = {"PARTIAL": partial, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
+    constants = {"SPLIT": sums.split, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
-    return call.x if bias is None else bias, sizes, constants
+    return arrays, sizes, constants
 
 
-def _few(call: Call, tile: Tile, grid: Grid, out: torch.Tensor, options: dict[str, Any]) -> None:
+def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
     entries, segments, _, bounds, _ = call.beside_slots
-    bias, sizes, constants = _shared(call, tile, out)
+    arrays, sizes, constants = _shared(call, tile, sums)
     q, rest = call.steps(most_steps(tile))
     xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
-    arrays = (call.x, xt, out, bias, *call.dense, call.slots, entries, segments, bounds)
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
-    few_kernel[grid[1:]](*arrays, *sizes, **constants, **options)
+    few_kernel[grid[1:]](call.x, xt, *arrays, entries, segments, bounds, *sizes, **constants, **options)
 
 
-def _middle(call: Call, tile: Tile, grid: Grid, out: torch.Tensor, options: dict[str, Any]) -> None:
+def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
     layer = call.layer
-    bias, sizes, constants = _shared(call, tile, out)
-    arrays = (call.x, out, bias, *call.dense, call.slots, call.windows, *call.beside_windows[:3])
+    arrays, sizes, constants = _shared(call, tile, sums)
     constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
-    constants["WHOLE"] = layer.in_features % BLOCK == 0
-    middle_kernel[grid](*arrays, *sizes, **constants, **options)
+    constants["EVEN"] = layer.in_features % BLOCK == 0
+    middle_kernel[grid](call.x, *arrays, call.windows, *call.beside_windows[:3], *sizes, **constants, **options)
 
 
 def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:
@@ -169,14 +183,11 @@ def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.T
     return xt
 
 
-def _reduce(
-    call: Call, shares: torch.Tensor, beside: Beside, overflow: torch.Tensor, options: dict[str, Any]
-) -> torch.Tensor:
-    splits = shares.shape[0]
-    out = call.x.new_empty(call.tokens, call.out_features)
+def _reduce(call: Call, sums: Sums, beside: Beside, overflow: torch.Tensor, options: dict[str, Any]) -> None:
+    splits = len(sums.shares)
     reduce_kernel[(-(-call.out_features // REDUCE_COLUMNS), call.tokens)](
-        shares,
-        out,
+        sums.shares,
+        sums.out,
         call.x if call.bias is None else call.bias,
         overflow,
         call.tokens,
@@ -185,13 +196,11 @@ def _reduce(
         beside.lists,
         splits,
         BIAS=call.bias is not None,
-        OVERFLOW=bool(beside.overflow),
         SPLITS=triton.next_power_of_2(splits),
         COLUMNS=REDUCE_COLUMNS,
         num_warps=4,
         **options,
     )
-    return out
 
 
 def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""A layer in the kernels' layout, as the tensors and integers that pass through the operator."""
+"""A layer in the kernels' layout, as the tensors and integers that pass through the operator.
+
+One of the tensors is written to: ``arrived`` counts shares of sums (finish.py), and is zero again after every call. So
+a layer must not run twice at the same time.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,6 +18,8 @@ from requant_kernels.dense_sparse.triton.windows import build_windows
 from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
+WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
+TILES = 4096  # of rows and tokens, whose columns may be split; beyond them there are programs enough
 MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
@@ -75,9 +81,10 @@ def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
 
 
 def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """(tensors, meta) of ``weight``, laid out on its device. Slots and lists are absent where they hold nothing."""
+    """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent."""
     strips = build_strips(weight)
-    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
+    arrived = torch.zeros(TILES, dtype=torch.int32, device=strips.codes.device)
+    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales, "arrived": arrived}
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     slots = build_slots(sparse, strips.strips) if sparse else None
     windows = build_windows(slots, sparse, strips.blocks) if sparse and slots and slots.depth else None

@@ -18,6 +18,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     tile,
 )
+from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.patch import load_windows, multiply_leftovers, patch
 
 
@@ -25,16 +26,17 @@ from requant_kernels.dense_sparse.triton.patch import load_windows, multiply_lef
     do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
 )
 def middle_kernel(
-    x_ptr, out_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
+    x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
+    starts_ptr, columns_ptr, words_ptr, offsets_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
-    WHOLE: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
+    EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
-    starts: ``Windows``, WINDOW slots each, 0 for none. WHOLE: K is a multiple of 256. With
+    starts: ``Windows``, WINDOW slots each, 0 for none. EVEN: K is a multiple of 256. With
     LISTS there are ``Leftovers``.
     """
     if PDL:
@@ -92,7 +94,7 @@ def middle_kernel(
             starts = tl.load(starts_at + (block + 1) * width, mask=tl.full((R,), block + 1, tl.int32) < hi, other=0)
         for part in tl.static_range(256 // SPAN):
             k = block * 256 + part * SPAN + tl.arange(0, SPAN)
-            if WHOLE:  # noqa: SIM108 (of the two only one is compiled)
+            if EVEN:  # noqa: SIM108 (of the two only one is compiled)
                 x = tl.load(x_at + k[None, :])
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
@@ -108,12 +110,8 @@ def middle_kernel(
     if LISTS:
         acc = multiply_leftovers(acc, start, end, x_at, columns_ptr, words_ptr, n, split, splits, 16, DT)
 
-    live = (m < M)[None, :]
-    if PARTIAL:
-        row = (split * M + m).to(tl.int64) * (tl.num_programs(1) * R)
-        tl.store(out_ptr + row[None, :] + n[:, None], acc, mask=live)
-    else:
-        live = live & (n < N)[:, None]
-        if BIAS:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + m[None, :].to(tl.int64) * N + n[:, None], acc.to(DT), mask=live)
+    arrived_at = arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    finish(
+        acc, out_ptr, shares_ptr, arrived_at, bias_ptr, m, n, M, N, split, splits, tl.num_programs(1) * 16 * S,
+        SPLIT, BIAS, DT,
+    )  # fmt: skip

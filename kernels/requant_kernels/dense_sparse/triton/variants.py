@@ -10,7 +10,7 @@ from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
 from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS, most_steps
-from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, SYMMETRIC
+from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.table import Decode, Tile, tables
@@ -29,7 +29,7 @@ def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, 
     """Argument types; constexpr arguments are left out."""
 
     def kind(name: str) -> str:
-        if name == "partial_ptr" or (name == "out_ptr" and constants.get("PARTIAL")):
+        if name == "shares_ptr":
             return "*fp32"
         if name in ACTIVATIONS:
             return f"*{dtype}"
@@ -56,7 +56,7 @@ def _variant(  # noqa: PLR0917
     kind: int,
     dtype: str,
     sparse: bool = True,
-    partial: bool = False,
+    split: int = WHOLE,
     crowded: bool = False,
 ) -> Variant:
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
@@ -66,16 +66,16 @@ def _variant(  # noqa: PLR0917
     if tile:
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
-        constants |= {"TOKENS": tile.tokens, "PARTIAL": partial, "BIAS": not partial}
+        constants |= {"TOKENS": tile.tokens, "SPLIT": split, "BIAS": split != LATER}
         constants["PDL"] = tables()[table].pdl
     if kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1, "REST": crowded}
     if kernel is middle_kernel:
-        constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "WHOLE": not crowded}
+        constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
-    name += (" crowded" if crowded else " sparse" if sparse else " dense") + (" partial" if partial else "")
+    name += (" crowded" if crowded else " sparse" if sparse else " dense") + ("", " split", " overflow")[split]
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
@@ -93,8 +93,9 @@ def _every() -> Iterator[Variant]:
     for name, table in tables().items():
         for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
             used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
-            for tile, partial, crowded in product(used, (True, False), (True, False) if sparse else (False,)):
-                yield _variant(name, tile, bits, group, kind, dtype, sparse, partial, crowded)
+            splits = (WHOLE, HERE, LATER) if sparse else (WHOLE, HERE)
+            for tile, split, crowded in product(used, splits, (True, False) if sparse else (False,)):
+                yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
             yield _variant(name, table.decode, bits, group, kind, dtype, sparse)
 
 
@@ -124,23 +125,25 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", first, bits, group, kind, "bf16")
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
-    yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", partial=True)
-    yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", partial=True)
-    yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", partial=True)
-    yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", partial=True)
-    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", partial=True)
+    yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", split=HERE)
+    yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
+    yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
+    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", split=HERE)
     of_8_bits = hopper.tile(128, 8, False)
     assert of_8_bits
     yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
     for tile in (one, eight, sixteen, sixty_four):
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
+        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
 
 def _fixups() -> Iterator[Variant]:
     targets = dict.fromkeys(("80", "90", "100", "gfx942"), "")
-    reduce = {"BIAS": True, "OVERFLOW": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "PDL": False}
+    reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
     transpose = {"TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
