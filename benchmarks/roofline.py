@@ -3,8 +3,8 @@
     python benchmarks/roofline.py        the tables of docs/ROOFLINE.md, in Markdown
 
 The model is a maximum of four times (device memory, L2 to multiprocessors, instructions, tensor cores) plus what does
-not overlap (launches, transpose, the sum of shares, decoding before a product). It predicts no stalls: a measured time above it
-by half is ordinary.
+not overlap (launches, transpose, the sum of shares, decoding before a product). It predicts no stalls: a measured time
+above it by half is ordinary.
 
 Beyond every tile a slice of the layer is decoded, then multiplied. Both run in waves of one program a processor, so a
 slice of few rows leaves processors idle; one that the L2 does not hold goes through device memory, out and back. The
