@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.leftovers import build_leftovers
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
-from requant_kernels.dense_sparse.triton.slots import STEP, Slots, build_slots, choose_depth
+from requant_kernels.dense_sparse.triton.slots import STEP, Entries, Slots, build_slots, choose_depth
 from requant_kernels.dense_sparse.triton.strips import (
     BLOCK,
     SPARE_BLOCKS,
@@ -170,23 +170,27 @@ def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.
 def test_slots_and_the_rest_hold_every_entry_once(part):
     values, mask = part
     mask &= values != 0
-    slots = build_slots(SparsePart.from_mask(values, mask), 4)
+    slots = build_slots(Entries.of(SparsePart.from_mask(values, mask)), 4)
     assert slots.slots.shape == (4, slots.depth, STEP)
     rest = 0 if slots.rest is None else slots.rest.to_dense()
     assert torch.equal(in_slots(slots, values.shape, values.dtype) + rest, values * mask)
 
 
 def in_windows(slots: Slots, windows: Windows, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """What windows show, read by loops as windows.py describes them."""
+    """What windows show, read by loops as windows.py describes them; of a pair of columns the first entry hides all
+    behind it."""
     blocks, rows = windows.starts.shape
     read = torch.zeros(rows, blocks * BLOCK, dtype=dtype)
-    for row, window in product(range(shape[0]), range(4 * blocks)):
-        byte = int(windows.starts[window // 4, row]) >> (8 * (window % 4)) & 0xFF
-        first = byte - 128 + int(expected(torch.tensor(window), slots.depth, blocks))
+    for row, block, t in product(range(shape[0]), range(blocks), range(4)):
+        byte = int(windows.starts[block, row]) >> (8 * t) & 0xFF
+        first = byte - 128 + int(expected(torch.tensor(4 * block + t), slots.depth, blocks))
+        seen = set()
         for slot in range(first, min(first + windows.width, 2 * slots.depth)):
             word = int(slots.slots[row // STRIP, slot // 2, 2 * (row % STRIP) + slot % 2])
-            if word and (word & 0xFFFF) // 64 == window:
-                read[row, word & 0xFFFF] += torch.tensor(word >> 16, dtype=torch.int16).view(dtype)
+            column = word & 0xFFFF
+            if word and column // BLOCK == block and column // 2 % 4 == t and column // 2 not in seen:
+                seen.add(column // 2)
+                read[row, column] = torch.tensor(word >> 16, dtype=torch.int16).view(dtype)
     return read[: shape[0], : shape[1]]
 
 
@@ -196,9 +200,10 @@ def test_windows_and_the_rest_hold_every_entry_once(part):
     values, mask = part
     mask &= values != 0
     sparse = SparsePart.from_mask(values, mask)
-    slots = build_slots(sparse, 4)
+    entries = Entries.of(sparse)
+    slots = build_slots(entries, 4)
     assume(slots.depth)
-    windows = build_windows(slots, sparse, -(-values.shape[1] // BLOCK))
+    windows = build_windows(slots, entries, -(-values.shape[1] // BLOCK))
     rest = 0 if windows.rest is None else windows.rest.to_dense()
     assert torch.equal(in_windows(slots, windows, values.shape, values.dtype) + rest, values * mask)
 
@@ -207,7 +212,8 @@ def test_windows_and_the_rest_hold_every_entry_once(part):
 def test_windows_hold_nearly_all_scattered_entries(density, width, outside):
     mask = torch.rand(512, 4096, generator=torch.Generator().manual_seed(0)) < density
     sparse = SparsePart.from_mask(torch.ones(512, 4096, dtype=torch.bfloat16), mask)
-    windows = build_windows(build_slots(sparse, 32), sparse, 16)
+    entries = Entries.of(sparse)
+    windows = build_windows(build_slots(entries, 32), entries, 16)
     assert windows.width == width
     assert windows.rest is not None
     assert windows.rest.nnz <= outside * sparse.nnz
@@ -219,8 +225,9 @@ def test_windows_find_entries_that_crowd_at_one_end():
     mask[3] = False
     mask[3, 5] = True
     sparse = SparsePart.from_mask(torch.ones(16, 8192, dtype=torch.bfloat16), mask)
-    slots = build_slots(sparse, 1)
-    windows = build_windows(slots, sparse, 32)
+    entries = Entries.of(sparse)
+    slots = build_slots(entries, 1)
+    windows = build_windows(slots, entries, 32)
     rest = 0 if windows.rest is None else windows.rest.to_dense()
     assert torch.equal(in_windows(slots, windows, mask.shape, torch.bfloat16) + rest, sparse.to_dense())
 
@@ -243,7 +250,7 @@ def test_columns_that_do_not_fit_a_slot_stay_in_lists():
     mask = torch.zeros(16, 70_000, dtype=torch.bool)
     mask[3, [5, 69_999]] = True
     part = SparsePart.from_mask(torch.ones(16, 70_000, dtype=torch.bfloat16), mask)
-    slots = build_slots(part, 1)
+    slots = build_slots(Entries.of(part), 1)
     assert slots.depth == 0
     assert slots.rest is not None
     assert torch.equal(slots.rest.to_dense(), part.to_dense())

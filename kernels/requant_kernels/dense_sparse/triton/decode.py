@@ -18,6 +18,7 @@ import triton.language as tl
 from requant_kernels.dense_sparse.triton import layer
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = (tl.constexpr(kind) for kind in (layer.SYMMETRIC, layer.ASYMMETRIC, layer.CODEBOOK))
+SHIFTED = tl.constexpr(3)  # asymmetric, zero points subtracted from the codes as integers (``shifted_exponent``)
 
 
 @triton.jit
@@ -127,6 +128,8 @@ def _plane(
     if KIND == CODEBOOK:
         pair = _codes(words, PLANE, BITS, 0)
         return halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
+    elif KIND == SHIFTED:
+        return halves(_codes(words, PLANE, BITS, 0 if tl.float16 == DT else 6 - BITS) + exponent, DT)
     elif tl.float16 == DT:
         return halves(_codes(words, PLANE, BITS, 0) | exponent, DT)
     elif BITS == 8:
@@ -173,6 +176,17 @@ def tile(
 
 
 @triton.jit
+def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT parts [R, columns], a power of two, from FIRST on, as one [R, COUNT * columns]."""
+    if COUNT == 1:
+        return parts[FIRST]
+    else:
+        low = side_by_side(parts, FIRST, COUNT // 2)
+        high = side_by_side(parts, FIRST + COUNT // 2, COUNT // 2)
+        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (low.shape[0], 2 * low.shape[1]))
+
+
+@triton.jit
 def quads(x, B: tl.constexpr, SPAN: tl.constexpr, TOKENS: tl.constexpr):
     """x [B, SPAN, TOKENS] with its columns so that a thread's two columns of a plane are next to those of the next one:
     four in a row are how Triton hands the operands of ``mma`` to threads where weights are joined of halves."""
@@ -189,9 +203,23 @@ def half_bits(word, HALF: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
+def shifted_exponent(scales, GROUP: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, DT: tl.constexpr):
+    """What takes the place of the exponent for SHIFTED, int32 [S, 1, 8, 1, 1, 2]: with it 2**BITS - zero point is added
+    to both codes of a word, whose sums have a bit more. Subtracted as floats, zero points cost the compiler one more
+    instruction for every weight, in which it packs them in pairs again."""
+    zero = scales[GROUP] >> 16 & 0xFFFF
+    if tl.float16 == DT:  # noqa: SIM108
+        above = 0xC800 + (1 << BITS) - zero  # 1024 + 2**BITS - zero point; ``zero`` is 1024 + zero point
+    else:
+        above = 0x5F80 - (zero >> 1)  # 1 + (1 - zero point / 2**BITS) / 2; ``zero`` is 1 + zero point / 2**BITS
+    above = tl.permute(tl.reshape(above * 0x10001, (S, 2, 8)), (0, 2, 1))  # rows as in load_levels
+    return tl.reshape(above, (S, 1, 8, 1, 1, 2))
+
+
+@triton.jit
 def group_scale(scales, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
     """DT [KW, R]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
-    if KIND == ASYMMETRIC:
+    if KIND == ASYMMETRIC or KIND == SHIFTED:  # noqa: PLR1714, SIM109 (triton knows no ``in``)
         return half_bits(scales[GROUP], 0, DT)
     else:
         return half_bits(scales[GROUP // 2], GROUP % 2, DT)
@@ -213,6 +241,8 @@ def centred(
     values, scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
 ):  # fmt: skip
     """(code - zero point) in units of layout.py's ``unit``, exact in DT: values [KW, R, columns] from ``tile``."""
+    if KIND == SHIFTED:
+        return (values - (1024.0 + (1 << BITS)) if tl.float16 == DT else values * 2.0 - 3.0).to(DT)
     zero = midpoint(scales, GROUP, BITS, KIND, DT)
     if KIND == ASYMMETRIC:
         return (values - zero[:, :, None]).to(DT)

@@ -166,8 +166,7 @@ def few_kernel(
         acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))
     y = tl.reshape(acc, (16 * S, TOKENS)) if KW == 1 else tl.sum(acc, 0)
 
-    arrived_at = arrived_ptr + tl.program_id(0)
     finish(
-        y, out_ptr, shares_ptr, arrived_at, bias_ptr, m, n, M, N, split, splits, tl.num_programs(0) * 16 * S,
+        y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tl.program_id(0), tl.num_programs(0),
         SPLIT, BIAS, DT,
     )  # fmt: skip

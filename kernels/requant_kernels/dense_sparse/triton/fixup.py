@@ -22,12 +22,14 @@ def transpose_kernel(x_ptr, xt_ptr, M, K, TOKENS: tl.constexpr, COLUMNS: tl.cons
     tl.store(xt_ptr + k[:, None] * TOKENS + m[None, :], tl.trans(x), mask=tl.trans(inside))
 
 
-@triton.jit(do_not_specialize=["M", "strips", "lists", "splits"], do_not_specialize_on_alignment=["bias_ptr"])
+@triton.jit(do_not_specialize=["M", "strips", "splits", "row_tiles"], do_not_specialize_on_alignment=["bias_ptr"])
 def reduce_kernel(
-    shares_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, lists, splits,
-    BIAS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    shares_ptr, out_ptr, bias_ptr, overflow_ptr, M, N, strips, splits, row_tiles,
+    BIAS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out DT [M, N] = sums over ``splits`` <= SPLITS of shares fp32 [splits, M, 16 * lists], plus bias.
+    """out DT [M, N] = sums over ``splits`` <= SPLITS of shares fp32 [splits, tiles of tokens, row_tiles, R, TOKENS],
+    plus bias.
 
     Lists [strips + overflow[s], strips + overflow[s + 1]) belong to strip s too and are added in that order. Grid
     (ceil(N / COLUMNS), M). Every sum has one order: the same input gives the same bits.
@@ -39,15 +41,16 @@ def reduce_kernel(
     m = tl.program_id(1)
     live = n < N
     split = tl.arange(0, SPLITS)
-    at = shares_ptr + (split * M + m).to(tl.int64)[:, None] * (lists * 16)
+    tiles = (split * tl.cdiv(M, TOKENS) + m // TOKENS).to(tl.int64) * row_tiles
+    at = shares_ptr + tiles[:, None] * (R * TOKENS) + m % TOKENS  # a tile's rows follow those of the tile before
     taken = (split < splits)[:, None] & live[None, :]
-    y = tl.sum(tl.load(at + n[None, :], mask=taken, other=0.0), 0)
+    y = tl.sum(tl.load(at + n[None, :] * TOKENS, mask=taken, other=0.0), 0)
     more = tl.load(overflow_ptr + n // 16, mask=live, other=0)
     end = tl.load(overflow_ptr + n // 16 + 1, mask=live, other=0)
     for _ in range(tl.max(end - more)):
         there = taken & (more < end)[None, :]
         column = (strips + more) * 16 + n % 16
-        y += tl.sum(tl.load(at + column[None, :], mask=there, other=0.0), 0)
+        y += tl.sum(tl.load(at + column[None, :] * TOKENS, mask=there, other=0.0), 0)
         more += 1
     if BIAS:
         y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)

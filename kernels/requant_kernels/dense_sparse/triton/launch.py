@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, TILES, WHOLE, Beside, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, TILES, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
@@ -108,8 +108,8 @@ Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the col
 
 @dataclass(frozen=True)
 class Sums:
-    """What becomes of the sums (finish.py): ``out`` [M, N] of x's dtype, and fp32 ``shares`` [splits, M, 16 * lists],
-    a stand-in where SPLIT is WHOLE."""
+    """What becomes of the sums (finish.py): ``out`` [M, N] of x's dtype, and fp32 ``shares``, which is ``out`` again
+    where ``split`` is WHOLE."""
 
     split: int
     out: torch.Tensor
@@ -130,11 +130,15 @@ def run(call: Call, table: Table) -> torch.Tensor:
     row_tiles, token_tiles = beside.lists // tile.strips, -(-call.tokens // tile.tokens)
     splits = column_splits(layer.blocks, row_tiles * token_tiles, tile)
     split = LATER if beside.overflow else HERE if splits > 1 else WHOLE
+    grid = (token_tiles, row_tiles, splits)
     out = call.x.new_empty(call.tokens, call.out_features)
-    shares = call.x.new_empty(splits, call.tokens, 16 * beside.lists, dtype=torch.float32) if split else out
-    launch(call, tile, (token_tiles, row_tiles, splits), Sums(split, out, shares), options)
+    shares = out
+    if split != WHOLE:
+        shares = call.x.new_empty(splits, token_tiles, 16 * beside.lists * tile.tokens, dtype=torch.float32)
+    sums = Sums(split, out, shares)
+    launch(call, tile, grid, sums, options)
     if split == LATER:
-        _reduce(call, Sums(split, out, shares), beside, lists[-1], options)
+        _reduce(call, tile, grid, sums, lists[-1], options)
     return out
 
 
@@ -172,6 +176,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     layer = call.layer
     arrays, sizes, constants = _shared(call, tile, sums)
     constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
+    constants["COLUMNS"] = tile.columns
     constants["EVEN"] = layer.in_features % BLOCK == 0
     middle_kernel[grid](call.x, *arrays, call.windows, *call.beside_windows[:3], *sizes, **constants, **options)
 
@@ -183,8 +188,10 @@ def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.T
     return xt
 
 
-def _reduce(call: Call, sums: Sums, beside: Beside, overflow: torch.Tensor, options: dict[str, Any]) -> None:
-    splits = len(sums.shares)
+def _reduce(  # noqa: PLR0917
+    call: Call, tile: Tile, grid: Grid, sums: Sums, overflow: torch.Tensor, options: dict[str, Any]
+) -> None:
+    _, row_tiles, splits = grid
     reduce_kernel[(-(-call.out_features // REDUCE_COLUMNS), call.tokens)](
         sums.shares,
         sums.out,
@@ -193,11 +200,13 @@ def _reduce(call: Call, sums: Sums, beside: Beside, overflow: torch.Tensor, opti
         call.tokens,
         call.out_features,
         call.layer.strips,
-        beside.lists,
         splits,
+        row_tiles,
         BIAS=call.bias is not None,
         SPLITS=triton.next_power_of_2(splits),
         COLUMNS=REDUCE_COLUMNS,
+        R=16 * tile.strips,
+        TOKENS=tile.tokens,
         num_warps=4,
         **options,
     )

@@ -12,7 +12,7 @@ import torch
 
 from requant_kernels.dense_sparse.triton.leftovers import Leftovers, build_leftovers
 from requant_kernels.dense_sparse.triton.lists import Lists, build_lists
-from requant_kernels.dense_sparse.triton.slots import build_slots
+from requant_kernels.dense_sparse.triton.slots import Entries, build_slots
 from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.dense_sparse.triton.windows import build_windows
 from requant_kernels.weight import DenseSparseWeight
@@ -86,8 +86,9 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
     arrived = torch.zeros(TILES, dtype=torch.int32, device=strips.codes.device)
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales, "arrived": arrived}
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
-    slots = build_slots(sparse, strips.strips) if sparse else None
-    windows = build_windows(slots, sparse, strips.blocks) if sparse and slots and slots.depth else None
+    entries = Entries.of(sparse) if sparse else None
+    slots = build_slots(entries, strips.strips) if entries else None
+    windows = build_windows(slots, entries, strips.blocks) if entries and slots and slots.depth else None
     lists = build_lists(slots.rest, strips.strips) if slots and slots.rest else None
     rest = windows.rest if windows else sparse
     leftovers = build_leftovers(rest, strips.strips) if rest else None

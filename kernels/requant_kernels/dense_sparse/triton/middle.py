@@ -11,11 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
     CODEBOOK,
+    SHIFTED,
     centred,
     group_scale,
     load_levels,
     load_rows,
     load_words,
+    shifted_exponent,
+    side_by_side,
     tile,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
@@ -30,14 +33,15 @@ def middle_kernel(
     starts_ptr, columns_ptr, words_ptr, offsets_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr,
-    PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
+    S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
     starts: ``Windows``, WINDOW slots each, 0 for none. EVEN: K is a multiple of 256. With
-    LISTS there are ``Leftovers``.
+    LISTS there are ``Leftovers``. A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and
+    decodes weights for one while the other runs.
     """
     if PDL:
         gdc_launch_dependents()
@@ -45,6 +49,7 @@ def middle_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     R: tl.constexpr = 16 * S
+    MODE: tl.constexpr = SHIFTED if KIND == ASYMMETRIC and (tl.float16 == DT or BITS < 8) else KIND
     # Words wait in registers for an iteration; those of 8 bits, or of 4 beside a codebook, would be too many.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK
     first = tl.program_id(1) * S
@@ -63,19 +68,19 @@ def middle_kernel(
         levels = load_levels(scales_ptr + tl.where(first < strips, first, 0) * 16, width, BITS, S)
 
     if WINDOW:
-        row_at = slots_ptr + n // 16 * depth * 32 + n % 16 * 2
-        starts_at = starts_ptr + n
-        starts = tl.load(starts_at + lo * width, mask=tl.full((R,), lo, tl.int32) < hi, other=0)
+        row_at = (slots_ptr + n // 16 * depth * 32 + n % 16 * 2)[:, None]
+        starts_at = (starts_ptr + n)[:, None]
+        starts = tl.load(starts_at + lo * width, mask=tl.full((R, 1), lo, tl.int32) < hi, other=0)
     if LISTS:
-        start = tl.load(offsets_ptr + first)
-        end = tl.load(offsets_ptr + first + S)
+        left = tl.load(offsets_ptr + first)
+        left_end = tl.load(offsets_ptr + first + S)
     words = ()
     if AHEAD:
         words = load_words(words_at, tl.full((S, 1), lo, tl.int32) < hi, BITS, S, 1)
     if PDL:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    x_at = x_ptr + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K  # beyond the last token it again: not stored
+    x_at = x_ptr + tl.minimum(m, M - 1)[:, None] * K  # beyond the last token it again: not stored
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
         if AHEAD:
@@ -91,27 +96,33 @@ def middle_kernel(
         if WINDOW:
             slots = load_windows(row_at, starts, block, depth, blocks, WINDOW)
             # wanted by the addresses of the next iteration, whose copies then have as long as those of x
-            starts = tl.load(starts_at + (block + 1) * width, mask=tl.full((R,), block + 1, tl.int32) < hi, other=0)
-        for part in tl.static_range(256 // SPAN):
-            k = block * 256 + part * SPAN + tl.arange(0, SPAN)
+            starts = tl.load(starts_at + (block + 1) * width, mask=tl.full((R, 1), block + 1, tl.int32) < hi, other=0)
+        for start in tl.static_range(0, 256, COLUMNS):
+            k = block * 256 + start + tl.arange(0, COLUMNS)
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
                 x = tl.load(x_at + k[None, :])
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
-            w = tile(now, levels, exponent, part * (SPAN // 16), SPAN // 16, S, 1, BITS, KIND, DT, False)
-            if KIND != CODEBOOK:
-                w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
-                w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-            w = tl.reshape(w, (R, SPAN))
-            if WINDOW:
-                w = (w + patch(slots, block, part, SPAN, WINDOW, DT)).to(DT)
-            acc = tl.dot(w, tl.trans(x), acc)
+            parts = ()
+            for part in tl.static_range(start // SPAN, (start + COLUMNS) // SPAN):
+                above = exponent
+                if MODE == SHIFTED:
+                    above = shifted_exponent(scales, part * SPAN // GROUP, BITS, S, DT)
+                w = tile(now, levels, above, part * (SPAN // 16), SPAN // 16, S, 1, BITS, MODE, DT, False)
+                if KIND != CODEBOOK:
+                    w = centred(w, scales, part * SPAN // GROUP, BITS, MODE, DT)
+                    w = w * group_scale(scales, part * SPAN // GROUP, MODE, DT)[:, :, None]
+                w = tl.reshape(w, (R, SPAN))
+                if WINDOW:
+                    w = (w + patch(slots, block, part, SPAN, WINDOW, DT)).to(DT)
+                parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
+            acc = tl.dot(side_by_side(parts, 0, COLUMNS // SPAN), tl.trans(x), acc)
 
     if LISTS:
-        acc = multiply_leftovers(acc, start, end, x_at, columns_ptr, words_ptr, n, split, splits, 16, DT)
+        acc = multiply_leftovers(acc, left, left_end, x_at, columns_ptr, words_ptr, n, split, splits, 16, DT)
 
-    arrived_at = arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(
-        acc, out_ptr, shares_ptr, arrived_at, bias_ptr, m, n, M, N, split, splits, tl.num_programs(1) * 16 * S,
-        SPLIT, BIAS, DT,
+        acc, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, number,
+        tl.num_programs(0) * tl.num_programs(1), SPLIT, BIAS, DT,
     )  # fmt: skip

@@ -12,43 +12,31 @@ from requant_kernels.dense_sparse.triton.decode import half_bits, halves
 
 @triton.jit
 def load_windows(row_at, starts, block, depth, blocks, WIDTH: tl.constexpr):
-    """The slots of a block's four windows, one after the other: 4 * WIDTH int32 [R], zero beyond the last slot of a
-    row. row_at int32* [R]: each row's first slot; starts int32 [R]: the block's word of ``Windows.starts``."""
+    """The slots of a block's windows: WIDTH int32 [R, 4], zero beyond the last slot of a row. row_at int32* [R, 1]:
+    each row's first slot; starts int32 [R, 1]: the block's word of ``Windows.starts``."""
+    t = tl.arange(0, 4)[None, :]
     pace = depth * 2048 // (blocks * 4)
+    first = (starts >> (8 * t) & 0xFF) + (((block * 4 + t) * pace >> 10) - 128)
     slots = ()
-    for q in tl.static_range(4):
-        first = (starts >> (8 * q) & 0xFF) + (((block * 4 + q) * pace >> 10) - 128)
-        for i in tl.static_range(WIDTH):
-            slot = first + i
-            at = row_at + ((slot >> 1) * 32 + (slot & 1))
-            slots = slots + (tl.load(at, mask=slot < 2 * depth, other=0),)  # noqa: RUF005
-    return slots
-
-
-@triton.jit
-def _pairs(slots, first, Q: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """int32 [R, COLUMNS // 8, 4]: window Q's entries among COLUMNS columns from ``first`` on, two columns a word."""
-    pair = first + 2 * tl.arange(0, 4)[None, None, :]
-    eight = 8 * tl.arange(0, COLUMNS // 8)[None, :, None]  # added to the other side it would be no constant there
-    pairs = tl.zeros((slots[0].shape[0], COLUMNS // 8, 4), tl.int32)
     for i in tl.static_range(WIDTH):
-        entry = slots[Q * WIDTH + i][:, None, None]
-        value = (entry.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True) << (entry << 4 & 16)
-        pairs |= tl.where((entry & 0xFFFE) - pair == eight, value, 0)  # an empty slot adds nothing
-    return pairs
+        slot = first + i
+        at = row_at + ((slot >> 1) * 32 + (slot & 1))
+        slots = slots + (tl.load(at, mask=slot < 2 * depth, other=0),)  # noqa: RUF005
+    return slots
 
 
 @triton.jit
 def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, DT: tl.constexpr):
     """DT [R, SPAN]: what ``load_windows`` found for the block's part PART of SPAN columns, zero elsewhere."""
     R: tl.constexpr = slots[0].shape[0]
-    first = block * 256 + PART * SPAN
-    if SPAN == 128:
-        low = _pairs(slots, first, 2 * PART, 64, WIDTH)
-        high = _pairs(slots, first + 64, 2 * PART + 1, 64, WIDTH)
-        pairs = tl.permute(tl.join(low, high), (0, 3, 1, 2))
-    else:
-        pairs = _pairs(slots, first, PART * SPAN // 64, SPAN, WIDTH)
+    t = tl.arange(0, 4)[None, None, :]
+    eight = PART * SPAN + 8 * tl.arange(0, SPAN // 8)[None, :, None]
+    pairs = tl.zeros((R, SPAN // 8, 4), tl.int32)
+    # The first of a window is put in last: an empty slot behind it, zero at column 0, then hides nothing.
+    for i in tl.static_range(WIDTH - 1, -1, -1):
+        entry = slots[i][:, None, :]
+        value = (entry.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True) << (entry << 4 & 16)
+        pairs = tl.where((entry & 0xFFFE) - (block * 256 + 2 * t) == eight, value, pairs)
     return tl.reshape(halves(tl.reshape(pairs, (R, SPAN // 2)), DT), (R, SPAN))
 
 

@@ -21,7 +21,8 @@ class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
 
     ``k_warps`` groups of warps share out the columns (kernel "few"; 1 with "middle"). Columns are split further until
-    about ``programs`` programs run. ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
+    about ``programs`` programs run. ``columns``: of a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook``
+    narrow the rule to some layers; None matches all.
     """
 
     kernel: str
@@ -32,6 +33,7 @@ class Tile:
     stages: int
     programs: int
     k_warps: int = 1
+    columns: int = 128
     bits: tuple[int, ...] | None = None
     codebook: bool | None = None
 
@@ -45,6 +47,8 @@ class Tile:
             raise ValueError("kernel few: with one token there must be a warp for each strip and k_warp")
         if self.kernel == "middle" and self.k_warps != 1:
             raise ValueError("kernel middle: k_warps must be 1")
+        if self.columns not in (128, 256):
+            raise ValueError(f"columns {self.columns} is not 128 or 256")
 
     @property
     def transposed(self) -> bool:

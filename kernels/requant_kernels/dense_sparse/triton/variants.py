@@ -70,7 +70,8 @@ def _variant(  # noqa: PLR0917
         constants["PDL"] = tables()[table].pdl
     if kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1, "REST": crowded}
-    if kernel is middle_kernel:
+    if tile and kernel is middle_kernel:
+        constants["COLUMNS"] = tile.columns
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
@@ -130,6 +131,11 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", split=HERE)
+    thousand = hopper.tile(1024, 4, False)
+    assert thousand
+    yield _variant("h200", thousand, 4, 128, SYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", thousand, 4, 64, ASYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", thousand, 3, 64, ASYMMETRIC, "bf16", split=LATER)
     of_8_bits = hopper.tile(128, 8, False)
     assert of_8_bits
     yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
@@ -143,7 +149,7 @@ def _cover() -> Iterator[Variant]:
 
 def _fixups() -> Iterator[Variant]:
     targets = dict.fromkeys(("80", "90", "100", "gfx942"), "")
-    reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "PDL": False}
+    reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "R": 64, "TOKENS": 64, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
     transpose = {"TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}

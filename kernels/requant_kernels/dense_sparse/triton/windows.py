@@ -1,18 +1,20 @@
-"""Where in a row's slots (slots.py) the entries of 64 columns stand: a kernel can put them into decoded weights.
+"""Where in a row's slots (slots.py) the entries of one thread's columns stand: it puts them into its decoded weights.
 
-starts int32 [blocks, 16 * strips]: byte q of a word belongs to columns [64 q, 64 q + 64) of the block. It is the first
-slot of their window, plus 128, less ``expected``: where it were if a row's entries stood at equal distances. A window
-has ``width`` slots, the same number everywhere; what lies in none is left to leftovers.py.
+A thread of a tensor core's operand has the columns 8 i + 2 t and 8 i + 2 t + 1 of a block of 256, t = 0 to 3. Those of
+a row, a block and a t are a *window*, and the slots are in the order of windows. starts int32 [blocks, 16 * strips]:
+byte t of a word is the first slot of window t, plus 128, less ``expected``: where it were if a row's entries stood at
+equal distances. A kernel looks at ``width`` slots of a window, the same number everywhere; what lies beyond is left to
+leftovers.py, and so is the second entry of a pair of columns, because pairs are put in whole.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from requant_kernels.dense_sparse.triton.slots import Slots
+from requant_kernels.dense_sparse.triton.slots import Entries, Slots
+from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.sparse import SparsePart
 
-SPAN = 64  # columns
 IN_BLOCK = 4  # windows
 WIDTHS = (1, 2, 4, 8)
 WORTH = 0.04  # of all entries: windows as wide as WIDTHS has them must hold so many more to be worth their cost
@@ -33,23 +35,21 @@ def expected(window: torch.Tensor, depth: int, blocks: int) -> torch.Tensor:
     return window * (2 * depth * 1024 // (IN_BLOCK * blocks)) >> 10
 
 
-def build_windows(slots: Slots, sparse: SparsePart, blocks: int) -> Windows:
-    """The windows of ``slots``, which hold ``sparse``, for ``blocks`` blocks of 256 columns."""
-    rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
-    every = len(slots.slots) * 16
-    count = IN_BLOCK * blocks
-    inside = columns // SPAN
+def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
+    """The windows of ``slots``, which hold ``entries``, for ``blocks`` blocks of 256 columns."""
+    rows, columns, device = entries.rows, entries.columns, entries.rows.device
+    every, count = len(slots.slots) * STRIP, IN_BLOCK * blocks
+    inside = columns // BLOCK * IN_BLOCK + columns // 2 % 4
     held = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
     before = held.cumsum(1, dtype=torch.int32) - held
-    guess = expected(torch.arange(count, dtype=torch.int32, device=rows.device), slots.depth, blocks)
+    guess = expected(torch.arange(count, dtype=torch.int32, device=device), slots.depth, blocks)
     byte = (before - guess + 128).clamp(0, 255)
     starts = byte.view(every, blocks, IN_BLOCK).to(torch.uint8).view(torch.int32).view(every, blocks)
-    slot = torch.arange(sparse.nnz, device=rows.device) - sparse.row_offsets[rows]
-    place = slot - (byte + guess - 128)[rows, inside]
-    place[(slot >= 2 * slots.depth) | (place < 0)] = WIDTHS[-1]
+    place = entries.at - (byte + guess - 128)[rows, inside]
+    place[(entries.at >= 2 * slots.depth) | (place < 0)] = WIDTHS[-1]
     gain = {width: int(((place >= width) & (place < WIDTHS[-1])).sum()) for width in WIDTHS}  # of the widest over it
-    width = next(width for width in WIDTHS if gain[width] <= WORTH * sparse.nnz)
-    left = place >= width
-    shape = (sparse.out_features, sparse.in_features)
-    rest = SparsePart.from_coo(rows[left], columns[left], sparse.values[left], shape) if bool(left.any()) else None
-    return Windows(starts.t().contiguous(), width, rest)
+    width = next(width for width in WIDTHS if gain[width] <= WORTH * len(rows))
+    second = torch.zeros_like(place, dtype=torch.bool)
+    pair = rows * entries.shape[1] + columns // 2
+    second[1:] = (pair[1:] == pair[:-1]) & (place[1:] > 0)  # the first of the pair is in the window, and hides it
+    return Windows(starts.t().contiguous(), width, entries.where((place >= width) | second))
