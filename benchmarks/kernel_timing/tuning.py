@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 4, 8, 16, 32, 64, 128, 256)  # tokens up to which a tile may serve
+ENDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
 BITS = 4
 SCHEME = (BITS, 128, 0.005)
 OTHER_BITS = (2, 3, 8)
@@ -33,8 +33,8 @@ DECODED_TOKENS = 1024  # at which the workspace is chosen
 SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer runs
 
 
-def candidates(up_to: int, processors: int) -> Iterator[Tile]:
-    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel from 16 on."""
+def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
+    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products take ``columns``, from 16 on."""
     if up_to == 1:
         for (k_warps, stages), waves in product(((4, 3), (4, 2), (2, 3), (4, 4)), (2, 4, 8)):
             yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
@@ -43,9 +43,9 @@ def candidates(up_to: int, processors: int) -> Iterator[Tile]:
         for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 4)):
             yield Tile("few", up_to, tokens, strips, warps, 3, waves * processors, k_warps)
     if up_to >= 16:
-        widths = sorted({min(up_to, tokens) for tokens in (32, 64, 128)})
-        for tokens, (strips, warps), stages, waves in product(widths, ((4, 4), (8, 8)), (2, 3), (1, 2, 4)):
-            yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors)
+        widths = {min(up_to, tokens) for tokens in (32, 64, 128) if 4 * tokens >= up_to or tokens == 128}
+        for tokens, (strips, warps), stages, waves in product(sorted(widths), ((4, 4), (8, 8)), (2, 3), (1, 2, 4)):
+            yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors, columns=columns)
 
 
 def only(tile: Tile | None, in_use: Table, decode: Decode | None = None) -> Table:
@@ -121,7 +121,7 @@ def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float)
     clock. A tile ends where decoding and multiplying is faster. The exit status: 1 where the table in use is wrong or
     nothing was decided."""
     in_use = table_of(setting.device) if setting.device.type == "cuda" else layers.INTERPRETED
-    tiles = [tile for up_to in ENDS for tile in candidates(up_to, _processors(setting.device))]
+    tiles = [tile for up_to in ENDS for tile in candidates(up_to, *_processors(setting.device))]
     if setting.device.type == "cuda":
         begun = time.monotonic()
         tiles = runnable(tiles, in_use, setting, (deadline - begun) / 2)
@@ -187,8 +187,12 @@ def _others(tile: Tile) -> Iterator[Tile]:
         yield replace(tile, bits=(BITS,), codebook=True)
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _processors(device: torch.device) -> tuple[int, int]:
+    """How many there are, and the columns of a product: 256 where the tensor cores run beside the rest (wgmma)."""
+    if device.type != "cuda":
+        return 1, 128
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 256 if properties.major >= 9 else 128
 
 
 def _name(device: torch.device) -> str:

@@ -24,11 +24,11 @@ def geometry(tile: Tile | None) -> Tile | None:
     return tile and replace(tile, bits=None, codebook=None)
 
 
-@pytest.mark.parametrize(("name", "processors"), [("h200", 132), ("a100", 108)])
-def test_the_search_includes_what_is_shipped(name, processors):
+@pytest.mark.parametrize(("name", "processors", "columns"), [("h200", 132, 256), ("a100", 108, 128)])
+def test_the_search_includes_what_is_shipped(name, processors, columns):
     for tile in tables()[name].tiles:
         if not tile.codebook:
-            assert geometry(tile) in tuning.candidates(tile.up_to, processors), tile
+            assert geometry(tile) in tuning.candidates(tile.up_to, processors, columns), tile
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -67,7 +67,7 @@ def tuned(path: Path, seconds: float) -> tuple[int, str]:
         patch.setattr(tuning, "WORKSPACES", (1, 2))
         patch.setattr(tuning, "DECODED_TOKENS", 70)
         patch.setattr(tuning, "Triton", Faulty)
-        patch.setattr(tuning, "candidates", lambda up_to, _: found[up_to])
+        patch.setattr(tuning, "candidates", lambda up_to, *_: found[up_to])
         patch.setattr(tuning, "microseconds", lambda *_: float(next(clock)))
         setting = layers.Setting(torch.device("cpu"), torch.float16)
         status = tuning.tune(shapes.TINY, setting, path, time.monotonic() + seconds)

@@ -75,8 +75,8 @@ def _variant(  # noqa: PLR0917
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
-    name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}"
-    name += (" crowded" if crowded else " sparse" if sparse else " dense") + ("", " split", " overflow")[split]
+    name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}" + ("", " split", " overflow")[split]
+    name += " crowded" if crowded else " sparse" if sparse else " dense"
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
