@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, TILES, WHOLE, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
@@ -45,7 +45,7 @@ class Call:
 
     @property
     def arrived(self) -> torch.Tensor:
-        """[TILES], all zero."""
+        """[tiles of rows and tokens whose columns may be split], all zero."""
         return self.tensors[2]
 
     @property
@@ -97,7 +97,7 @@ def most_steps(tile: Tile) -> int:
 def column_splits(blocks: int, tiles: int, tile: Tile) -> int:
     """Programs among which the columns are split so that about ``tile.programs`` run on ``tiles`` of rows and tokens;
     none of them is idle."""
-    wanted = tile.programs // tiles if tiles <= TILES else 1
+    wanted = tile.programs // tiles
     steps = -(-blocks // tile.k_warps)
     share = -(-steps // max(1, min(wanted, steps, MAX_SPLITS)))
     return -(-steps // share)
@@ -128,7 +128,8 @@ def run(call: Call, table: Table) -> torch.Tensor:
     else:
         launch, beside, lists = _middle, layer.beside_windows, call.beside_windows
     row_tiles, token_tiles = beside.lists // tile.strips, -(-call.tokens // tile.tokens)
-    splits = column_splits(layer.blocks, row_tiles * token_tiles, tile)
+    tiles = row_tiles * token_tiles
+    splits = column_splits(layer.blocks, tiles, tile) if tiles <= len(call.arrived) else 1
     split = LATER if beside.overflow else HERE if splits > 1 else WHOLE
     grid = (token_tiles, row_tiles, splits)
     out = call.x.new_empty(call.tokens, call.out_features)

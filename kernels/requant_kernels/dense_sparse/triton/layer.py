@@ -19,7 +19,6 @@ from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
-TILES = 4096  # of rows and tokens, whose columns may be split; beyond them there are programs enough
 MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
@@ -83,8 +82,7 @@ def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
 def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent."""
     strips = build_strips(weight)
-    arrived = torch.zeros(TILES, dtype=torch.int32, device=strips.codes.device)
-    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales, "arrived": arrived}
+    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     entries = Entries.of(sparse) if sparse else None
     slots = build_slots(entries, strips.strips) if entries else None
@@ -92,6 +90,10 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
     lists = build_lists(slots.rest, strips.strips) if slots and slots.rest else None
     rest = windows.rest if windows else sparse
     leftovers = build_leftovers(rest, strips.strips) if rest else None
+    beside_slots, beside_windows = (_beside(one, strips.strips) for one in (lists, leftovers))
+    # Enough for one token tile of strips, or several of larger tiles; beyond that there are programs enough.
+    counters = max(beside_slots.lists, beside_windows.lists)
+    tensors["arrived"] = torch.zeros(counters, dtype=torch.int32, device=strips.codes.device)
     if slots and windows:
         tensors |= {"sparse_slots": slots.slots, "sparse_windows": windows.starts}
     if lists:
@@ -108,7 +110,7 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         blocks=strips.blocks,
         steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
         window=windows.width if windows else 0,
-        beside_slots=_beside(lists, strips.strips),
-        beside_windows=_beside(leftovers, strips.strips),
+        beside_slots=beside_slots,
+        beside_windows=beside_windows,
     )
     return tensors, layer.ints
