@@ -13,6 +13,7 @@ from tests.kernels.triton.conftest import poison_new_tensors
 SPLIT = 64  # programs: enough to split the columns of every case
 ONE_STRIP = replace(FEW, tokens=1, up_to=1, strips=1, k_warps=4)
 ONE_GROUP = replace(FEW, strips=8, warps=8, k_warps=1)  # of warps, each with a strip of its own
+WIDE = replace(MIDDLE, columns=256)  # a product
 GRID = {
     "W4 g128": Case(3, 40, 384, 4, 128),
     "W2 g32 asymmetric, split columns": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
@@ -43,6 +44,13 @@ GRID = {
     "middle crowded strip": Case(18, 48, 800, 4, sparse="strip", tile=MIDDLE),
     "middle 0.5 %, whole blocks, split": Case(70, 40, 1024, 4, sparse=0.005, tile=replace(MIDDLE, programs=SPLIT)),
     "middle row full, split": Case(20, 40, 1100, 3, sparse="row", tile=replace(MIDDLE, strips=4, programs=SPLIT)),
+    "middle wide W3 g32 asymmetric float16": Case(
+        140, 40, 608, 3, 32, symmetric=False, sparse=0.01, dtype=torch.float16, tile=replace(WIDE, tokens=128)
+    ),
+    "middle wide W2 g16 asymmetric, split": Case(
+        20, 40, 464, 2, 64, symmetric=False, cut=48, tile=replace(WIDE, strips=4, programs=SPLIT)
+    ),
+    "middle wide 10 %": Case(40, 150, 512, 4, 128, sparse=0.1, tile=WIDE),
     "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
     "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),
     "many W4 g128": Case(300, 200, 384, 4, 128, tile=None),
@@ -64,7 +72,7 @@ def cases(draw: st.DrawFn) -> Case:
     group = -1 if codebook else draw(st.sampled_from((-1, 32, 64, 128, 256)))
     refined = draw(st.sampled_from((0, 16))) if group != -1 else 0
     columns = draw(st.integers(1, 400)) if group == -1 else group * draw(st.integers(1, 3))
-    tile = draw(st.sampled_from((FEW, ONE_STRIP, ONE_GROUP, MIDDLE, None)))
+    tile = draw(st.sampled_from((FEW, ONE_STRIP, ONE_GROUP, MIDDLE, WIDE, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
         tokens=draw(st.integers(1, tile.up_to if tile and tile.kernel == "few" else 70)),
