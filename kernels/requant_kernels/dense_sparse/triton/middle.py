@@ -39,9 +39,9 @@ def middle_kernel(
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
-    starts: ``Windows``, WINDOW slots each, 0 for none. EVEN: K is a multiple of 256. With
-    LISTS there are ``Leftovers``. A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and
-    decodes weights for one while the other runs.
+    starts: ``Windows``, of WINDOW slots, 0 for none; with LISTS there are ``Leftovers``. EVEN: K is a multiple of 256.
+    A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and decodes weights for one while the
+    other runs.
     """
     if PDL:
         gdc_launch_dependents()
