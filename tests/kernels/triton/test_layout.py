@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from requant_kernels.dense_sparse.triton import leftovers
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.leftovers import build_leftovers
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
@@ -148,7 +149,7 @@ def test_leftovers_hold_every_entry_once_and_no_list_is_long(part):
     whole = torch.zeros(strips, STRIP, values.shape[1], dtype=values.dtype)
     whole.index_add_(0, torch.tensor(owner), read.view(left.lists, STRIP, -1))
     assert torch.equal(whole.flatten(0, 1)[: len(values)], values * mask)
-    assert left.offsets.diff().max() <= max(256, LONGEST * -(-sparse.nnz // strips))
+    assert left.offsets.diff().max() <= max(leftovers.SHORT, LONGEST * -(-sparse.nnz // strips))
     assert left.lists % 8 == 0
 
 

@@ -14,7 +14,7 @@ from requant_kernels.dense_sparse.triton.lists import LIST_ALIGNMENT, LONGEST, o
 from requant_kernels.dense_sparse.triton.strips import STRIP, padded
 from requant_kernels.sparse import SparsePart
 
-SHORT = 256  # a list may have so many entries in any case
+SHORT = 64  # a list may have so many entries in any case: a tile of them takes no longer than one of weights
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def middle_kernel(
             acc = tl.dot(side_by_side(parts, 0, COLUMNS // SPAN), tl.trans(x), acc)
 
     if LISTS:
-        acc = multiply_leftovers(acc, left, left_end, x_at, columns_ptr, words_ptr, n, split, splits, 16, DT)
+        PIECE: tl.constexpr = 16 if TOKENS >= 128 else 32  # as many as fit the registers
+        acc = multiply_leftovers(acc, left, left_end, x_at, columns_ptr, words_ptr, n, split, splits, PIECE, DT)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(
