@@ -10,7 +10,7 @@ from requant_kernels.dense_sparse.triton import leftovers
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.leftovers import build_leftovers
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
-from requant_kernels.dense_sparse.triton.slots import STEP, Entries, Slots, build_slots, choose_depth
+from requant_kernels.dense_sparse.triton.slots import LANES, Entries, Slots, build_slots, choose_depth, choose_lanes
 from requant_kernels.dense_sparse.triton.strips import (
     BLOCK,
     SPARE_BLOCKS,
@@ -155,14 +155,13 @@ def test_leftovers_hold_every_entry_once_and_no_list_is_long(part):
 
 def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The slots read back, by loops, as slots.py describes them."""
-    strips, depth, _ = slots.slots.shape
+    strips, depth, lanes = slots.slots.shape
     read = torch.zeros(strips * STRIP, shape[1], dtype=dtype)
-    for strip in range(strips):
-        for step in range(depth):
-            for slot, word in enumerate(slots.slots[strip, step].tolist()):
-                if word:
-                    bits = torch.tensor(word >> 16, dtype=torch.int16)
-                    read[strip * STRIP + slot // 2, word & 0xFFFF] += bits.view(dtype)
+    for strip, step, lane in product(range(strips), range(depth), range(lanes)):
+        word = int(slots.slots[strip, step, lane])
+        if word:
+            bits = torch.tensor(word >> 16, dtype=torch.int16)
+            read[strip * STRIP + slots.owners[strip, lane], word & 0xFFFF] += bits.view(dtype)
     return read[: shape[0]]
 
 
@@ -172,7 +171,7 @@ def test_slots_and_the_rest_hold_every_entry_once(part):
     values, mask = part
     mask &= values != 0
     slots = build_slots(Entries.of(SparsePart.from_mask(values, mask)), 4)
-    assert slots.slots.shape == (4, slots.depth, STEP)
+    assert slots.slots.shape == (4, slots.depth, LANES)
     rest = 0 if slots.rest is None else slots.rest.to_dense()
     assert torch.equal(in_slots(slots, values.shape, values.dtype) + rest, values * mask)
 
@@ -183,11 +182,12 @@ def in_windows(slots: Slots, windows: Windows, shape: tuple[int, int], dtype: to
     blocks, rows = windows.starts.shape
     read = torch.zeros(rows, blocks * BLOCK, dtype=dtype)
     for row, block, t in product(range(shape[0]), range(blocks), range(4)):
+        lane, log = int(slots.lanes[row]) & 0xFF, int(slots.lanes[row]) >> 8
         byte = int(windows.starts[block, row]) >> (8 * t) & 0xFF
-        first = byte - 128 + int(expected(torch.tensor(4 * block + t), slots.depth, blocks))
+        first = byte - 128 + int(expected(torch.tensor(4 * block + t), torch.tensor(log), slots.depth, blocks))
         seen = set()
-        for slot in range(first, min(first + windows.width, 2 * slots.depth)):
-            word = int(slots.slots[row // STRIP, slot // 2, 2 * (row % STRIP) + slot % 2])
+        for entry in range(first, min(first + windows.width, slots.depth << log)):
+            word = int(slots.slots[row // STRIP, entry >> log, lane + entry % (1 << log)])
             column = word & 0xFFFF
             if word and column // BLOCK == block and column // 2 % 4 == t and column // 2 not in seen:
                 seen.add(column // 2)
@@ -234,10 +234,34 @@ def test_windows_find_entries_that_crowd_at_one_end():
 
 
 def test_one_crowded_row_does_not_deepen_every_strip():
-    counts = torch.full((1024,), 20)
-    even = choose_depth(counts)
-    counts[100] = 4096
-    assert even == choose_depth(counts) == 10
+    counts = torch.full((64, 16), 20)
+    even = choose_depth(counts, choose_lanes(counts))
+    counts[6, 4] = 4096
+    assert even == choose_depth(counts, choose_lanes(counts)) == 10
+
+
+def test_rows_with_more_entries_have_more_lanes_and_none_is_without():
+    counts = torch.tensor([[0, 1, 40, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5], [9] * 16])
+    logs = choose_lanes(counts)
+    assert logs[1].tolist() == [1] * 16
+    assert int(logs[0, 2]) >= 3
+    assert ((1 << logs).sum(1) <= LANES).all()
+    assert int((-(-counts // (1 << logs)))[0].max()) == 5
+
+
+def test_lanes_halve_what_uneven_rows_have_in_lists_and_the_empty_slots():
+    generator = torch.Generator().manual_seed(0)
+    density = 0.005 * torch.exp(1.2 * torch.randn(2048, 1, generator=generator) - 0.72)  # as in trained models
+    mask = torch.rand(2048, 4096, generator=generator) < density
+    sparse = SparsePart.from_mask(torch.ones(2048, 4096, dtype=torch.bfloat16), mask)
+    counts = mask.sum(1).view(-1, STRIP)
+    two = torch.ones_like(counts)
+    depth = choose_depth(counts, two)
+    listed = int((counts - (depth << two)).clamp(min=0).sum())
+    slots = build_slots(Entries.of(sparse), 128)
+    assert slots.rest is not None
+    assert slots.rest.nnz < 0.6 * listed
+    assert slots.depth <= 0.75 * depth
 
 
 def test_layers_that_differ_in_depth_alone_are_of_one_kind():

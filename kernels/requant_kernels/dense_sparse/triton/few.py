@@ -25,14 +25,13 @@ from requant_kernels.dense_sparse.triton.decode import (
 )
 from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.gather import (
+    add_lanes,
     add_products,
     fetch_slots,
     gather_parts,
     most_chunks,
     multiply_lists,
     no_products,
-    parts_of,
-    rows_of_slots,
 )
 
 
@@ -41,7 +40,7 @@ from requant_kernels.dense_sparse.triton.gather import (
 )
 def few_kernel(
     x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
-    entries_ptr, segments_ptr, bounds_ptr,
+    owners_ptr, entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr,
@@ -96,6 +95,7 @@ def few_kernel(
     if SLOTS:
         slots = fetch_slots(slots_ptr, strip + t // KW, (lo + t % KW) * Q, depth, limit, Q)
         products = no_products(S * KW, TOKENS)
+        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -150,10 +150,10 @@ def few_kernel(
             products = add_products(products, gather_parts(xt_ptr, left, M, K, TOKENS, 1), left, TOKENS, 1, DT)
             rest += splits * KW
     if SLOTS or LISTS:
+        # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
+        sums = acc if KW == 1 else tl.zeros((S * KW, 16, TOKENS), tl.float32)
         if SLOTS:
-            sums = rows_of_slots(products, 0, parts_of(TOKENS), S * KW)
-        else:
-            sums = tl.zeros((S * KW, 16, TOKENS), tl.float32)
+            sums = add_lanes(sums, products, owners, TOKENS)
         if LISTS:
             if BITS == 2:
                 most = most_chunks(bounds_ptr, first, S)
@@ -163,7 +163,9 @@ def few_kernel(
             )  # fmt: skip
         if KW > 1:
             sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))
-        acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))
+            acc += tl.reshape(sums, (BATCH, ROWS, TOKENS))
+        else:
+            acc = sums
     y = tl.reshape(acc, (16 * S, TOKENS)) if KW == 1 else tl.sum(acc, 0)
 
     finish(

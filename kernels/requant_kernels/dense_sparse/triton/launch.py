@@ -49,19 +49,15 @@ class Call:
         return self.tensors[2]
 
     @property
-    def slots(self) -> torch.Tensor:
-        """[strips, depth, 32]; a stand-in that no kernel reads where there are none; so with what follows."""
-        return self.tensors[3] if self.layer.steps else self.tensors[0]
-
-    @property
-    def windows(self) -> torch.Tensor:
-        """[blocks, 16 * strips]."""
-        return self.tensors[4] if self.layer.window else self.tensors[0]
+    def slots(self) -> list[torch.Tensor]:
+        """slots [strips, depth, 32], owners, lanes, windows; stand-ins that no kernel reads where there are none; so
+        with what follows."""
+        return self.tensors[3:7] if self.layer.steps else [self.tensors[0]] * 4
 
     @property
     def beside_slots(self) -> list[torch.Tensor]:
         """entries, segments, strip_chunks, bounds, overflow."""
-        first = 5 if self.layer.steps else 3
+        first = 7 if self.layer.steps else 3
         return self.tensors[first : first + 5] if self.layer.beside_slots.entries else [self.tensors[0]] * 5
 
     @property
@@ -144,10 +140,10 @@ def run(call: Call, table: Table) -> torch.Tensor:
 
 
 def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tuple[int, ...], dict[str, Any]]:
-    """What both matrix kernels take: arrays from the output to the slots, sizes, constants."""
+    """What both matrix kernels take: arrays from the output to the dense part, sizes, constants."""
     layer = call.layer
     bias = call.bias if sums.split != LATER else None
-    arrays = [sums.out, sums.shares, call.arrived, call.x if bias is None else bias, *call.dense, call.slots]
+    arrays = [sums.out, sums.shares, call.arrived, call.x if bias is None else bias, *call.dense]
     sizes = (
         call.tokens,
         call.out_features,
@@ -157,7 +153,7 @@ def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tup
         layer.rows,
         layer.scale_step,
         call.exponent,
-        call.slots.shape[1],
+        call.slots[0].shape[1],
     )
     constants = {"SPLIT": sums.split, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
@@ -170,7 +166,8 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     q, rest = call.steps(most_steps(tile))
     xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
-    few_kernel[grid[1:]](call.x, xt, *arrays, entries, segments, bounds, *sizes, **constants, **options)
+    arrays += [*call.slots[:2], entries, segments, bounds]
+    few_kernel[grid[1:]](call.x, xt, *arrays, *sizes, **constants, **options)
 
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
@@ -179,7 +176,9 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
     constants["COLUMNS"] = tile.columns
     constants["EVEN"] = layer.in_features % BLOCK == 0
-    middle_kernel[grid](call.x, *arrays, call.windows, *call.beside_windows[:3], *sizes, **constants, **options)
+    slots, _, lanes, windows = call.slots
+    arrays += [slots, lanes, windows, *call.beside_windows[:3]]
+    middle_kernel[grid](call.x, *arrays, *sizes, **constants, **options)
 
 
 def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:
@@ -237,7 +236,7 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         weight,
         codes,
         scales,
-        call.slots,
+        *call.slots[:2],
         entries,
         segments,
         chunks,
@@ -248,7 +247,7 @@ def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> Non
         layer.rows,
         layer.scale_step,
         call.exponent,
-        call.slots.shape[1],
+        call.slots[0].shape[1],
         **call.constants,
         **call.sparse_constants,
         S=decode.strips,

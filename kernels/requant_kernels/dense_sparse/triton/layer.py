@@ -42,7 +42,7 @@ class Layer:
     strips: int
     blocks: int
     steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
-    window: int  # slots of a window; 0 where there are no slots
+    window: int  # entries of a window; 0 where there are no slots
     beside_slots: Beside
     beside_windows: Beside  # leftovers; all entries where there are no windows
 
@@ -95,7 +95,8 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
     counters = max(beside_slots.lists, beside_windows.lists)
     tensors["arrived"] = torch.zeros(counters, dtype=torch.int32, device=strips.codes.device)
     if slots and windows:
-        tensors |= {"sparse_slots": slots.slots, "sparse_windows": windows.starts}
+        tensors |= {"sparse_slots": slots.slots, "sparse_owners": slots.owners}
+        tensors |= {"sparse_lanes": slots.lanes, "sparse_windows": windows.starts}
     if lists:
         tensors |= _tensors(lists, "lists")
     if leftovers:

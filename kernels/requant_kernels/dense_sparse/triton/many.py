@@ -30,7 +30,7 @@ def _add(w_ptr, row, column, entry, rows, K, DT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["first_strip", "rows", "blocks", "exponent", "depth"])
 def decode_kernel(
-    w_ptr, codes_ptr, scales_ptr, slots_ptr, entries_ptr, segments_ptr, chunks_ptr,
+    w_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, entries_ptr, segments_ptr, chunks_ptr,
     first_strip, rows, K, blocks, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     S: tl.constexpr, KW: tl.constexpr,
@@ -54,8 +54,7 @@ def decode_kernel(
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + first * 16, width, BITS, S)
     for start in range(0, blocks, KW):
-        words = load_words(words_at, (start + t % KW < blocks)[:, None], BITS, S, KW)
-        words_at += KW * BITS * 128
+        words = load_words(words_at + start * (BITS * 128), (start + t % KW < blocks)[:, None], BITS, S, KW)
         scales = ()
         if KIND != CODEBOOK:
             block = tl.minimum(start + kw, blocks - 1)
@@ -73,10 +72,11 @@ def decode_kernel(
     if SLOTS:
         slot = tl.arange(0, 16 * 32)
         for strip in tl.static_range(S):
-            r = tl.program_id(0) * R + strip * 16 + slot % 32 // 2
-            for step in range(0, depth, 16):
+            owners_at = owners_ptr + (first + strip) * 32 + slot % 32
+            for step in tl.range(0, depth, 16, num_stages=1):
                 at = ((first + strip) * depth + step) * 32 + slot
                 e = tl.load(slots_ptr + at, mask=step + slot // 32 < depth, other=0)
+                r = tl.program_id(0) * R + strip * 16 + tl.load(owners_at)
                 _add(w_ptr, r, e & 0xFFFF, e, rows, K, DT)
     if LISTS:
         for strip in tl.static_range(S):

@@ -11,18 +11,20 @@ from requant_kernels.dense_sparse.triton.decode import half_bits, halves
 
 
 @triton.jit
-def load_windows(row_at, starts, block, depth, blocks, WIDTH: tl.constexpr):
-    """The slots of a block's windows: WIDTH int32 [R, 4], zero beyond the last slot of a row. row_at int32* [R, 1]:
-    each row's first slot; starts int32 [R, 1]: the block's word of ``Windows.starts``."""
+def load_windows(strip_at, lanes, starts, block, depth, blocks, WIDTH: tl.constexpr):
+    """The entries of a block's windows: WIDTH int32 [R, 4], zero beyond the last slot of a row. strip_at int32* [R, 1]:
+    the slots of each row's strip; lanes, starts int32 [R, 1]: ``Slots.lanes``, the block's word of
+    ``Windows.starts``."""
     t = tl.arange(0, 4)[None, :]
-    pace = depth * 2048 // (blocks * 4)
-    first = (starts >> (8 * t) & 0xFF) + (((block * 4 + t) * pace >> 10) - 128)
-    slots = ()
+    log = lanes >> 8
+    pace = depth * 1024 // (blocks * 4)
+    first = (starts >> (8 * t) & 0xFF) - 128 + (((block * 4 + t) * pace >> 10) << log)
+    entries = ()
     for i in tl.static_range(WIDTH):
-        slot = first + i
-        at = row_at + ((slot >> 1) * 32 + (slot & 1))
-        slots = slots + (tl.load(at, mask=slot < 2 * depth, other=0),)  # noqa: RUF005
-    return slots
+        step = (first + i) >> log
+        at = strip_at + (step * 32 + (lanes & 0xFF) + ((first + i) & ((1 << log) - 1)))
+        entries = entries + (tl.load(at, mask=step < depth, other=0),)  # noqa: RUF005
+    return entries
 
 
 @triton.jit

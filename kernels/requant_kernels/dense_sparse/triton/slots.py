@@ -1,9 +1,11 @@
-"""Where most entries of the sparse part stand at run time: in a row's own slots, so that the place says the row.
+"""Where most entries of the sparse part stand at run time: in lanes of their rows, so that the place says the row.
 
-Slots. int32 [strips, depth, 32]: slot l of a step belongs to row l // 2 of the strip; an entry is its column in bits
-0-15 and the value's 16 bits above. An empty slot is zero. A row's entries are in the order of ``Entries``. A kernel
-knows where a strip's slots are without looking, and adds up a row's products in place. What a row has beyond its
-2 * ``depth`` slots is left to lists.py, and so is all of a layer whose columns do not fit 16 bits.
+Slots. int32 [strips, depth, 32]: a strip of 16 rows has 32 lanes of ``depth`` slots. A row has 1, 2, 4 ... lanes side
+by side, more of them the more entries it has; entry j of a row, in the order of ``Entries``, stands in lane j modulo
+their number, one slot deeper each time that they are all used. An entry is its column in bits 0-15 and the value's 16
+bits above; an empty slot is zero. A kernel knows where a strip's slots are without looking, and adds up a lane's
+products in place. What does not fit a row's lanes is left to lists.py, and so is all of a layer whose columns do not
+fit 16 bits.
 """
 
 from dataclasses import dataclass
@@ -15,10 +17,10 @@ from requant_kernels.dense_sparse.triton.lists import CHUNK
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
-STEP = 32  # slots
+LANES = 32
 # What the rest costs, in steps of a strip: a chunk of a list, and for every strip that there are lists at all.
 CHUNK_COST, LISTS_COST = 12, 1
-DEEPEST = 4  # times what the mean row needs, and a few
+DEEPEST = 4  # times what the mean row needs of two lanes, and a few
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ class Entries:
 
 @dataclass(frozen=True)
 class Slots:
-    """slots int32 [strips, depth, 32]; ``rest``: the entries without one, None where there are none."""
+    """slots int32 [strips, depth, 32]; owners int32 [strips, 32]: the row, of the strip's 16, that a lane belongs to;
+    lanes int32 [16 * strips]: a row's first lane, and from bit 8 on the binary logarithm of their number; ``rest``: the
+    entries without a slot, None where there are none."""
 
     slots: torch.Tensor
+    owners: torch.Tensor
+    lanes: torch.Tensor
     rest: SparsePart | None
 
     @property
@@ -59,25 +65,45 @@ class Slots:
         return self.slots.shape[1]
 
 
-def choose_depth(counts: torch.Tensor) -> int:
-    """The depth at which slots and lists together cost least; counts int [16 * strips]: the entries of each row."""
-    by_strip = counts.view(-1, STRIP)
-    most = min(-(-int(counts.max()) // 2), DEEPEST * (int(counts.float().mean()) // 2 + 4))
+def choose_lanes(counts: torch.Tensor) -> torch.Tensor:
+    """The binary logarithm of each row's number of lanes, int64 [strips, 16]; counts int64 [strips, 16]: its entries.
+    Lanes are doubled, those of the deepest row first, as long as a strip has some."""
+    logs = torch.zeros_like(counts)
+    for _ in range(LANES - STRIP):
+        spare = LANES - (1 << logs).sum(1, keepdim=True)
+        load = torch.where((1 << logs) <= spare, counts / (1 << logs), 0.0)
+        deepest = load.argmax(1, keepdim=True)
+        logs.scatter_add_(1, deepest, (load.gather(1, deepest) > 1).long())
+    return logs
+
+
+def choose_depth(counts: torch.Tensor, logs: torch.Tensor) -> int:
+    """The depth at which slots and lists together cost least; counts and logs int64 [strips, 16]: the entries of each
+    row, and ``choose_lanes``."""
+    most = int((-(-counts // (1 << logs))).max())
+    most = min(most, DEEPEST * (int(counts.float().mean()) // 2 + 4))
     depths = torch.arange(most + 1, device=counts.device)
-    left = (by_strip[None] - 2 * depths[:, None, None]).clamp(min=0).sum(2)
+    left = (counts[None] - (depths[:, None, None] << logs)).clamp(min=0).sum(2)
     chunks = (-(-left // CHUNK)).sum(1)
-    cost = len(by_strip) * (depths + LISTS_COST * (chunks > 0)) + CHUNK_COST * chunks
+    cost = len(counts) * (depths + LISTS_COST * (chunks > 0)) + CHUNK_COST * chunks
     return int(cost.argmin())
 
 
 def build_slots(entries: Entries, strips: int) -> Slots:
     """The sparse part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device."""
-    rows, at, device = entries.rows, entries.at, entries.rows.device
-    counts = torch.bincount(rows, minlength=strips * STRIP)
-    depth = choose_depth(counts) if entries.shape[1] <= MAX_UINT16_COLUMNS else 0
-    has = at < 2 * depth
-    slots = torch.zeros(strips, depth, STEP, dtype=torch.int32, device=device)
+    rows, device = entries.rows, entries.rows.device
+    counts = torch.bincount(rows, minlength=strips * STRIP).view(strips, STRIP)
+    logs = choose_lanes(counts)
+    first = (1 << logs).cumsum(1) - (1 << logs)
+    depth = choose_depth(counts, logs) if entries.shape[1] <= MAX_UINT16_COLUMNS else 0
+    log = logs.view(-1)[rows]
+    step = entries.at >> log
+    lane = first.view(-1)[rows] + (entries.at & ((1 << log) - 1))
+    has = step < depth
+    slots = torch.zeros(strips, depth, LANES, dtype=torch.int32, device=device)
     words = (entries.values.view(torch.int16).to(torch.int32) << 16) | entries.columns.to(torch.int32)
-    row, at = rows[has], at[has]
-    slots.view(-1)[(row // STRIP * depth + at // 2) * STEP + 2 * (row % STRIP) + at % 2] = words[has]
-    return Slots(slots, entries.where(~has))
+    slots.view(-1)[((rows // STRIP * depth + step) * LANES + lane)[has]] = words[has]
+    # lanes that no row has are empty: whose they are does not matter
+    owners = (torch.arange(LANES, device=device) >= first[:, :, None]).sum(1) - 1
+    lanes = (first | (logs << 8)).view(-1)
+    return Slots(slots, owners.to(torch.int32), lanes.to(torch.int32), entries.where(~has))

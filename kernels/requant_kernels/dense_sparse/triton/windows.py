@@ -1,10 +1,11 @@
 """Where in a row's slots (slots.py) the entries of one thread's columns stand: it puts them into its decoded weights.
 
 A thread of a tensor core's operand has the columns 8 i + 2 t and 8 i + 2 t + 1 of a block of 256, t = 0 to 3. Those of
-a row, a block and a t are a *window*, and the slots are in the order of windows. starts int32 [blocks, 16 * strips]:
-byte t of a word is the first slot of window t, plus 128, less ``expected``: where it were if a row's entries stood at
-equal distances. A kernel looks at ``width`` slots of a window, the same number everywhere; what lies beyond is left to
-leftovers.py, and so is the second entry of a pair of columns, because pairs are put in whole.
+a row, a block and a t are a *window*, and a row's entries are in the order of windows. starts int32 [blocks,
+16 * strips]: byte t of a word is the number of the first entry of window t, plus 128, less ``expected``: what it were
+if a row's slots were full and its entries at equal distances. A kernel looks at ``width`` entries of a window, the same
+number everywhere; what lies beyond is left to leftovers.py, and so is the second entry of a pair of columns, because
+pairs are put in whole.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ WORTH = 0.04  # of all entries: windows as wide as WIDTHS has them must hold so 
 
 @dataclass(frozen=True)
 class Windows:
-    """starts int32 [blocks, 16 * strips]; ``width``: slots; ``rest``: the entries in no window, None where there are
+    """starts int32 [blocks, 16 * strips]; ``width``: entries; ``rest``: the entries in no window, None where there are
     none."""
 
     starts: torch.Tensor
@@ -30,9 +31,10 @@ class Windows:
     rest: SparsePart | None
 
 
-def expected(window: torch.Tensor, depth: int, blocks: int) -> torch.Tensor:
-    """The slot at which ``window``, counted over the whole row, would start; as patch.py computes it."""
-    return window * (2 * depth * 1024 // (IN_BLOCK * blocks)) >> 10
+def expected(window: torch.Tensor, log: torch.Tensor, depth: int, blocks: int) -> torch.Tensor:
+    """The entry with which ``window``, counted over the whole row, would begin in 2**``log`` lanes; as patch.py has
+    it."""
+    return (window * (depth * 1024 // (IN_BLOCK * blocks)) >> 10) << log
 
 
 def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
@@ -42,11 +44,12 @@ def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     inside = columns // BLOCK * IN_BLOCK + columns // 2 % 4
     held = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
     before = held.cumsum(1, dtype=torch.int32) - held
-    guess = expected(torch.arange(count, dtype=torch.int32, device=device), slots.depth, blocks)
+    log = slots.lanes >> 8
+    guess = expected(torch.arange(count, dtype=torch.int32, device=device), log[:, None], slots.depth, blocks)
     byte = (before - guess + 128).clamp(0, 255)
     starts = byte.view(every, blocks, IN_BLOCK).to(torch.uint8).view(torch.int32).view(every, blocks)
     place = entries.at - (byte + guess - 128)[rows, inside]
-    place[(entries.at >= 2 * slots.depth) | (place < 0)] = WIDTHS[-1]
+    place[(entries.at >> log[rows] >= slots.depth) | (place < 0)] = WIDTHS[-1]
     gain = {width: int(((place >= width) & (place < WIDTHS[-1])).sum()) for width in WIDTHS}  # of the widest over it
     width = next(width for width in WIDTHS if gain[width] <= WORTH * len(rows))
     second = torch.zeros_like(place, dtype=torch.bool)
