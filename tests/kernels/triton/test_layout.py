@@ -249,7 +249,7 @@ def test_rows_with_more_entries_have_more_lanes_and_none_is_without():
     assert int((-(-counts // (1 << logs)))[0].max()) == 5
 
 
-def test_lanes_halve_what_uneven_rows_have_in_lists_and_the_empty_slots():
+def test_lanes_halve_what_uneven_rows_have_in_lists():
     generator = torch.Generator().manual_seed(0)
     density = 0.005 * torch.exp(1.2 * torch.randn(2048, 1, generator=generator) - 0.72)  # as in trained models
     mask = torch.rand(2048, 4096, generator=generator) < density
@@ -260,8 +260,8 @@ def test_lanes_halve_what_uneven_rows_have_in_lists_and_the_empty_slots():
     listed = int((counts - (depth << two)).clamp(min=0).sum())
     slots = build_slots(Entries.of(sparse), 128)
     assert slots.rest is not None
-    assert slots.rest.nnz < 0.6 * listed
-    assert slots.depth <= 0.75 * depth
+    assert slots.rest.nnz < 0.5 * listed
+    assert slots.depth < depth
 
 
 def test_layers_that_differ_in_depth_alone_are_of_one_kind():
