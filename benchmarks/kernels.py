@@ -3,6 +3,7 @@
     python benchmarks/kernels.py --json out.json          the whole table on this GPU (under 9 minutes)
     python benchmarks/kernels.py --model Llama-3.1-8B     some models only
     python benchmarks/kernels.py --w8a8                   W8A8 layers instead, beside int8 cuBLAS and vLLM's cutlass
+    python benchmarks/kernels.py --uneven                 entries crowd in some rows, as in trained models
     python benchmarks/kernels.py --tune h200.json         search launch configurations, write them as a table
     python benchmarks/kernels.py --tiny                   a few cells anywhere: in Triton's interpreter without a GPU
 
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all cells and failures there")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write the fastest launch table there instead")
     parser.add_argument("--w8a8", action="store_true", help="int8 layers instead of dense-plus-sparse ones")
+    parser.add_argument("--uneven", action="store_true", help="rows have as many entries as those of trained models")
     parser.add_argument("--tiny", action="store_true", help="a few cells, whose times mean nothing without a GPU")
     return parser.parse_args()
 
@@ -53,6 +55,7 @@ def environment(setting: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "dtype": str(setting.dtype),
+        "entries": "uneven" if setting.uneven else "even",
         "timings_mean_something": gpu,
     }
 
@@ -126,7 +129,8 @@ def main() -> int:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is cut short has said what it found
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends like an exception: all is written
     # the interpreter does not compute bfloat16
-    setting = Setting(torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float16)
+    dtype = torch.bfloat16 if gpu else torch.float16
+    setting = Setting(torch.device("cuda" if gpu else "cpu"), dtype, uneven=options.uneven)
     torch.backends.cuda.matmul.allow_tf32 = False
     if options.tune:
         return tuning.tune(shapes.MODELS["Llama-3.1-8B"], setting, options.tune, deadline)

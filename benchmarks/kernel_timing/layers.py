@@ -19,6 +19,7 @@ from benchmarks.kernel_timing.clock import Calls
 from benchmarks.kernel_timing.shapes import Shape
 
 PAST_L2 = 256 * 2**20  # bytes; the largest L2 so far has 126 MB
+SIGMA = 1.2  # of the logarithm of a row's share of the entries
 WORST_ERROR = {torch.bfloat16: 4e-3, torch.float16: 1e-3}  # norm of the difference over norm of the exact result
 
 
@@ -36,8 +37,11 @@ INTERPRETED = Table(
 
 @dataclass(frozen=True)
 class Setting:
+    """``uneven``: entries crowd in some rows as they do in trained models (docs/ROOFLINE.md, "Real checkpoints")."""
+
     device: torch.device
     dtype: torch.dtype
+    uneven: bool = False
 
     @property
     def implementation(self) -> Triton:
@@ -50,7 +54,7 @@ class Setting:
 
 
 def random_weight(shape: Shape, bits: int, group: int, density: float, setting: Setting) -> DenseSparseWeight:
-    """Uniform codes, steps around 0.01, normal residuals at random places."""
+    """Uniform codes, steps around 0.01, normal residuals at random places, in rows of log-normal density if uneven."""
     rows, columns, device = shape.rows, shape.columns, setting.device
     generator = torch.Generator(device).manual_seed(0)
     words = (rows, packed_length(columns, bits))
@@ -58,7 +62,10 @@ def random_weight(shape: Shape, bits: int, group: int, density: float, setting: 
     scale = torch.rand(rows, columns // group, device=device, generator=generator) * 0.01 + 0.005
     sparse = None
     if density:
-        chosen = torch.rand(rows, columns, device=device, generator=generator) < density
+        chosen = torch.rand(rows, columns, device=device, generator=generator)
+        if setting.uneven:
+            chosen /= torch.exp(SIGMA * torch.randn(rows, 1, device=device, generator=generator) - SIGMA**2 / 2)
+        chosen = chosen < density
         values = torch.randn(rows, columns, device=device, generator=generator)
         sparse = SparsePart.from_mask((values * 0.1).to(setting.dtype), chosen)
     scheme = LayerScheme(WeightScheme(bits, group), SparseScheme() if sparse else None)
