@@ -2,11 +2,11 @@
 
     python benchmarks/placement.py CHECKPOINT...
 
-A line for each checkpoint, over its layers with entries: their mean share of the weights; entries in a row of the
-mean, the 90th and the 99th percentile row and the fullest one, over the layer's mean (mean of layers); slots an entry,
-and the share of entries that stand in lists because their rows are crowded (few_kernel reads both); the widths of
-windows, by layers, and the share of entries in none (middle_kernel). Evenly scattered entries, 0.5 % of 4096 columns,
-have 1.6 slots each, none in lists and 2 % in no window.
+A line for each checkpoint, over its layers with entries: their mean share of the weights; entries in the median row,
+the 90th and the 99th percentile row and the fullest one, over the layer's mean (mean of layers); slots an entry, and
+the share of entries that stand in lists because their rows are crowded (few_kernel reads both); the widths of windows,
+by layers, and the share of entries in none (middle_kernel). Evenly scattered entries, 0.5 % of 4096 columns, have 1.6
+slots each, none in lists and 2 % in no window.
 """
 
 import sys

@@ -78,14 +78,17 @@ def test_one_step_a_row_is_stored_once():
     assert strips.scale_step == 0
 
 
+def strips_of_lists(overflow: torch.Tensor) -> list[int]:
+    """The strip that each list belongs to."""
+    strips = range(len(overflow) - 1)
+    return [*strips, *(strip for strip in strips for _ in range(overflow[strip], overflow[strip + 1]))]
+
+
 def dense(lists, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The sparse part read back, by lists."""
     strips = len(lists.overflow) - 1
-    owner = [*range(strips)]
-    for strip in range(strips):
-        owner += [strip] * int(lists.overflow[strip + 1] - lists.overflow[strip])
     read = torch.zeros(strips * STRIP, shape[1], dtype=dtype)
-    for strip, (start, end) in zip(owner, lists.bounds.tolist(), strict=False):
+    for strip, (start, end) in zip(strips_of_lists(lists.overflow), lists.bounds.tolist(), strict=False):
         for chunk in range(start, end):
             entries = lists.entries[chunk * CHUNK : (chunk + 1) * CHUNK]
             entries = entries[entries >> 16 != 0]
@@ -142,9 +145,7 @@ def test_leftovers_hold_every_entry_once_and_no_list_is_long(part):
             word = int(left.words[entry])
             assert (word & 0xFFFF) // STRIP == one
             read[word & 0xFFFF, left.columns[entry]] += torch.tensor(word >> 16, dtype=torch.int16).view(values.dtype)
-    owner = [*range(strips)]
-    for strip in range(strips):
-        owner += [strip] * int(left.overflow[strip + 1] - left.overflow[strip])
+    owner = strips_of_lists(left.overflow)
     owner += [0] * (left.lists - len(owner))
     whole = torch.zeros(strips, STRIP, values.shape[1], dtype=values.dtype)
     whole.index_add_(0, torch.tensor(owner), read.view(left.lists, STRIP, -1))

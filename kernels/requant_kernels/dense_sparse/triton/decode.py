@@ -177,13 +177,14 @@ def tile(
 
 @triton.jit
 def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT parts [R, columns], a power of two, from FIRST on, as one [R, COUNT * columns]."""
+    """COUNT parts [B, R, columns], a power of two, from FIRST on, as one [B, R, COUNT * columns]."""
     if COUNT == 1:
         return parts[FIRST]
     else:
         low = side_by_side(parts, FIRST, COUNT // 2)
         high = side_by_side(parts, FIRST + COUNT // 2, COUNT // 2)
-        return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (low.shape[0], 2 * low.shape[1]))
+        joined = tl.permute(tl.join(low, high), (0, 1, 3, 2))
+        return tl.reshape(joined, (low.shape[0], low.shape[1], 2 * low.shape[2]))
 
 
 @triton.jit

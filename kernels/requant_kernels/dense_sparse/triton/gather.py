@@ -9,7 +9,7 @@ x is not read for empty slots and padding: it may hold infinities.
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import half_bits
+from requant_kernels.dense_sparse.triton.decode import half_bits, side_by_side
 from requant_kernels.dense_sparse.triton.table import IN_PLACE
 
 
@@ -89,24 +89,12 @@ def add_products(products, gathered, slots, TOKENS: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
-def _together(products, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """fp32 [L, 32, tokens] of COUNT parts, a power of two, from FIRST on."""
-    if COUNT == 1:
-        return products[FIRST]
-    else:
-        low = _together(products, FIRST, COUNT // 2)
-        high = _together(products, FIRST + COUNT // 2, COUNT // 2)
-        joined = tl.permute(tl.join(low, high), (0, 1, 3, 2))
-        return tl.reshape(joined, (low.shape[0], 32, 2 * low.shape[2]))
-
-
-@triton.jit
 def add_lanes(sums, products, owners, TOKENS: tl.constexpr):
     """sums fp32 [L, 16, TOKENS] plus the products of each row's lanes. owners int32 [L, 32]: ``Slots.owners``.
 
     On the tensor cores, in two parts that tf32 holds: 10 bits, and 10 more.
     """
-    lanes = _together(products, 0, parts_of(TOKENS))
+    lanes = side_by_side(products, 0, parts_of(TOKENS))
     hit = tl.where(owners[:, None, :] == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     sums = tl.dot(hit, lanes - high, sums, input_precision="tf32")

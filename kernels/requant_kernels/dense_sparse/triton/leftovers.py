@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from requant_kernels.dense_sparse.triton.lists import LIST_ALIGNMENT, LONGEST, offsets_of
-from requant_kernels.dense_sparse.triton.strips import STRIP, padded
+from requant_kernels.dense_sparse.triton.lists import LIST_ALIGNMENT, offsets_of, shared_out
+from requant_kernels.dense_sparse.triton.strips import STRIP, padded, upper_half
 from requant_kernels.sparse import SparsePart
 
 SHORT = 64  # a list may have so many entries in any case: a tile of them takes no longer than one of weights
@@ -37,12 +37,11 @@ def build_leftovers(sparse: SparsePart, strips: int) -> Leftovers:
     rows, columns = sparse.rows().long(), sparse.columns.to(torch.int32)
     strip = rows // STRIP
     counts = torch.bincount(strip, minlength=strips)
-    longest = max(SHORT, LONGEST * -(-sparse.nnz // strips))
+    longest, overflow = shared_out(counts, SHORT)
     piece = (torch.arange(sparse.nnz, device=rows.device) - offsets_of(counts)[strip]) // longest
-    overflow = offsets_of((-(-counts // longest)).clamp(min=1) - 1)
     of = torch.where(piece > 0, strips + overflow[strip] + piece - 1, strip)
     lists = padded(strips + int(overflow[-1]), LIST_ALIGNMENT)
     order = torch.argsort(of, stable=True)
-    words = (sparse.values.view(torch.int16).to(torch.int32) << 16) | ((STRIP * of + rows % STRIP) & 0xFFFF).int()
+    words = upper_half(sparse.values) | ((STRIP * of + rows % STRIP) & 0xFFFF).int()
     offsets = offsets_of(torch.bincount(of, minlength=lists))
     return Leftovers(columns[order], words[order], offsets.to(torch.int32), overflow.to(torch.int32))

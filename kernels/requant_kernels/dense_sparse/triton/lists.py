@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from requant_kernels.dense_sparse.triton.strips import STRIP, padded
+from requant_kernels.dense_sparse.triton.strips import STRIP, padded, upper_half
 from requant_kernels.sparse import SparsePart
 
 CHUNK = 32
@@ -46,6 +46,13 @@ def offsets_of(counts: torch.Tensor) -> torch.Tensor:
     return offsets
 
 
+def shared_out(counts: torch.Tensor, short: int) -> tuple[int, torch.Tensor]:
+    """(the most that a list may have, overflow int64 [strips + 1]) for strips that have ``counts`` int64 [strips]: the
+    bound, at least ``short``, and the further lists of each strip, counted from the first one."""
+    longest = max(short, LONGEST * -(-int(counts.sum()) // len(counts)))
+    return longest, offsets_of((-(-counts // longest)).clamp(min=1) - 1)
+
+
 def _entries(sparse: SparsePart, strips: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(entries, segments, strip_chunks)."""
     device, segments_a_row = sparse.values.device, -(-sparse.in_features // SEGMENT)
@@ -58,8 +65,8 @@ def _entries(sparse: SparsePart, strips: int) -> tuple[torch.Tensor, torch.Tenso
     entries = torch.zeros(int(first_chunk[-1]) * CHUNK, dtype=torch.int32, device=device)
     bucket, rows, columns = bucket[order], rows[order], columns[order]
     place = torch.arange(len(order), device=device) - offsets_of(counts)[bucket] + first_chunk[bucket] * CHUNK
-    bits = sparse.values[order].view(torch.int16).to(torch.int32)
-    entries[place] = (bits << 16) | (rows % STRIP << 12).to(torch.int32) | (columns % SEGMENT).to(torch.int32)
+    below = (rows % STRIP << 12).to(torch.int32) | (columns % SEGMENT).to(torch.int32)
+    entries[place] = upper_half(sparse.values[order]) | below
     base = torch.arange(strips * segments_a_row, device=device) % segments_a_row * SEGMENT
     segments = torch.repeat_interleave(base, chunks).to(torch.int32)
     return entries, segments, first_chunk[::segments_a_row].to(torch.int32)
@@ -68,10 +75,8 @@ def _entries(sparse: SparsePart, strips: int) -> tuple[torch.Tensor, torch.Tenso
 def _bounds(strip_chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(bounds, overflow) of lists none of which exceeds the bound."""
     start, end = strip_chunks[:-1].long(), strip_chunks[1:].long()
-    longest = max(SHORT, LONGEST * -(-int(strip_chunks[-1]) // len(start)))
-    pieces = (-(-(end - start) // longest)).clamp(min=1)
-    strip = torch.repeat_interleave(torch.arange(len(start), device=start.device), pieces - 1)
-    overflow = offsets_of(pieces - 1)
+    longest, overflow = shared_out(end - start, SHORT)
+    strip = torch.repeat_interleave(torch.arange(len(start), device=start.device), overflow.diff())
     piece = torch.arange(len(strip), device=start.device) - overflow[strip] + 1
     more_start = start[strip] + piece * longest
     starts = torch.cat([start, more_start])

@@ -116,8 +116,9 @@ def middle_kernel(
                 w = tl.reshape(w, (R, SPAN))
                 if WINDOW:
                     w = (w + patch(slots, block, part, SPAN, WINDOW, DT)).to(DT)
-                parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
-            acc = tl.dot(side_by_side(parts, 0, COLUMNS // SPAN), tl.trans(x), acc)
+                parts = parts + (w[None, :, :],)  # noqa: RUF005 (triton knows no *)
+            w = tl.reshape(side_by_side(parts, 0, COLUMNS // SPAN), (R, COLUMNS))
+            acc = tl.dot(w, tl.trans(x), acc)
 
     if LISTS:
         PIECE: tl.constexpr = 16 if TOKENS >= 128 else 32  # as many as fit the registers

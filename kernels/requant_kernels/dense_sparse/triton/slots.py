@@ -14,13 +14,18 @@ from typing import Self
 import torch
 
 from requant_kernels.dense_sparse.triton.lists import CHUNK
-from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
+from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP, upper_half
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
 LANES = 32
 # What the rest costs, in steps of a strip: a chunk of a list, and for every strip that there are lists at all.
 CHUNK_COST, LISTS_COST = 12, 1
 DEEPEST = 4  # times what the mean row needs of two lanes, and a few
+
+
+def window_of(columns: torch.Tensor) -> torch.Tensor:
+    """The window (windows.py) of each of ``columns`` int64, counted over the row: four for a block of 256."""
+    return columns // BLOCK * 4 + columns // 2 % 4
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Entries:
     def of(cls, sparse: SparsePart) -> Self:
         rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
         at = torch.arange(sparse.nnz, device=rows.device) - sparse.row_offsets[rows]
-        block = rows * -(-sparse.in_features // BLOCK) + columns // BLOCK
-        order = torch.argsort((block * 4 + columns // 2 % 4) * BLOCK + columns % BLOCK)
+        windows = 4 * -(-sparse.in_features // BLOCK)
+        order = torch.argsort((rows * windows + window_of(columns)) * BLOCK + columns % BLOCK)
         return cls(rows, columns[order], sparse.values[order], at, (sparse.out_features, sparse.in_features))
 
     def where(self, mask: torch.Tensor) -> SparsePart | None:
@@ -101,7 +106,7 @@ def build_slots(entries: Entries, strips: int) -> Slots:
     lane = first.view(-1)[rows] + (entries.at & ((1 << log) - 1))
     has = step < depth
     slots = torch.zeros(strips, depth, LANES, dtype=torch.int32, device=device)
-    words = (entries.values.view(torch.int16).to(torch.int32) << 16) | entries.columns.to(torch.int32)
+    words = upper_half(entries.values) | entries.columns.to(torch.int32)
     slots.view(-1)[((rows // STRIP * depth + step) * LANES + lane)[has]] = words[has]
     # lanes that no row has are empty: whose they are does not matter
     owners = (torch.arange(LANES, device=device) >= first[:, :, None]).sum(1) - 1

@@ -22,7 +22,7 @@ ALIGNED = ("N", "K", "width", "scale_step")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
 GROUPS = (16, 32, 64, 128, 256)
-USUAL = 2  # slots of a window, with 0.5 % entries
+USUAL = 2  # entries of a window, with 0.5 % entries
 
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:

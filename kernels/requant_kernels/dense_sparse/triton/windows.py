@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from requant_kernels.dense_sparse.triton.slots import Entries, Slots
-from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
+from requant_kernels.dense_sparse.triton.slots import Entries, Slots, window_of
+from requant_kernels.dense_sparse.triton.strips import STRIP
 from requant_kernels.sparse import SparsePart
 
 IN_BLOCK = 4  # windows
@@ -41,7 +41,7 @@ def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     """The windows of ``slots``, which hold ``entries``, for ``blocks`` blocks of 256 columns."""
     rows, columns, device = entries.rows, entries.columns, entries.rows.device
     every, count = len(slots.slots) * STRIP, IN_BLOCK * blocks
-    inside = columns // BLOCK * IN_BLOCK + columns // 2 % 4
+    inside = window_of(columns)
     held = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
     before = held.cumsum(1, dtype=torch.int32) - held
     log = slots.lanes >> 8
