@@ -33,6 +33,12 @@ GRID = {
     "middle 20 %, split": Case(33, 40, 1100, 4, sparse=0.2, tile=replace(MIDDLE, programs=SPLIT)),
     "crowded strip": Case(2, 48, 600, 2, sparse="strip", tile=replace(FEW, strips=8)),
     "crowded strip, split columns": Case(1, 40, 1100, 2, sparse="strip", tile=replace(FEW, strips=8, programs=SPLIT)),
+    "uneven rows, one token": Case(1, 200, 640, 4, 64, sparse="uneven", tile=ONE_STRIP),
+    "uneven rows, 4 tokens, split": Case(
+        3, 70, 800, 3, sparse="uneven", tile=replace(FEW, tokens=4, up_to=4, programs=SPLIT)
+    ),
+    "uneven rows, 16 tokens": Case(16, 200, 640, 4, 64, sparse="uneven", tile=ONE_GROUP),
+    "columns beyond 65536": Case(2, 20, 66_000, 4, sparse=0.001, tile=replace(FEW, k_warps=4)),
     "one group of warps, W4 g128": Case(9, 150, 384, 4, 128, tile=ONE_GROUP),
     "one group, W8 g32 asymmetric": Case(3, 40, 288, 8, 32, symmetric=False, tile=ONE_GROUP, dtype=torch.float16),
     "one group, W3 codebook, split": Case(2, 200, 600, 3, codebook=True, tile=replace(ONE_GROUP, programs=SPLIT)),
@@ -50,12 +56,14 @@ GRID = {
     "middle wide W2 g16 asymmetric, split": Case(
         20, 40, 464, 2, 64, symmetric=False, cut=48, tile=replace(WIDE, strips=4, programs=SPLIT)
     ),
+    "middle uneven rows, split": Case(20, 200, 800, 4, sparse="uneven", tile=replace(WIDE, programs=SPLIT)),
     "middle wide 10 %": Case(40, 150, 512, 4, 128, sparse=0.1, tile=WIDE),
     "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
     "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),
     "many W4 g128": Case(300, 200, 384, 4, 128, tile=None),
     "many W3 g16 asymmetric, no bias": Case(20, 40, 272, 3, 64, symmetric=False, cut=48, bias=False, tile=None),
     "many W4 codebook, row full": Case(33, 20, 4200, 4, codebook=True, sparse="row", tile=None),
+    "many uneven rows": Case(20, 200, 600, 4, sparse="uneven", tile=None),
     "many W8 dense only": Case(5, 130, 100, 8, sparse="none", dtype=torch.float16, tile=None),
 }
 
@@ -84,7 +92,7 @@ def cases(draw: st.DrawFn) -> Case:
         codebook=codebook,
         cut=refined,
         dtype=draw(st.sampled_from((torch.bfloat16, torch.float16))),
-        sparse=draw(st.sampled_from((0.0, 0.005, 0.05, 1.0, "none", "one", "row"))),
+        sparse=draw(st.sampled_from((0.0, 0.005, 0.05, 1.0, "none", "one", "row", "uneven"))),
         bias=draw(st.booleans()),
         tile=tile and replace(tile, programs=programs),
     )

@@ -27,8 +27,11 @@ from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
     add_products,
+    deepest,
+    fetch_further,
     fetch_slots,
     gather_parts,
+    locate_strips,
     most_chunks,
     multiply_lists,
     no_products,
@@ -40,7 +43,7 @@ from requant_kernels.dense_sparse.triton.gather import (
 )
 def few_kernel(
     x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
-    owners_ptr, entries_ptr, segments_ptr, bounds_ptr,
+    owners_ptr, further_ptr, entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr,
@@ -53,7 +56,7 @@ def few_kernel(
     they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel`` adds back.
     scales: int32 words [.., width], or the levels.
     xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns,
-    and what is left of them, with REST, comes after all blocks.
+    and what is left of them, with REST, comes after all blocks, REST steps at a time.
     """
     if PDL:
         gdc_launch_dependents()
@@ -65,6 +68,7 @@ def few_kernel(
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
+    EARLY: tl.constexpr = TOKENS <= 8  # so do the first steps of slots that come after all blocks
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
     split = tl.program_id(1)
@@ -95,7 +99,12 @@ def few_kernel(
     if SLOTS:
         slots = fetch_slots(slots_ptr, strip + t // KW, (lo + t % KW) * Q, depth, limit, Q)
         products = no_products(S * KW, TOKENS)
-        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
+        if EARLY:
+            owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
+    if REST and EARLY:
+        rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
+        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
+        left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -142,13 +151,20 @@ def few_kernel(
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
             products = add_products(products, gathered, now_slots, TOKENS, Q, DT)
+    if SLOTS and not EARLY:
+        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
-        rest = blocks * Q + split * KW + t % KW
-        end = tl.where(first < strips, depth, 0)  # overflow lists have no slots
-        for _ in tl.range(0, tl.cdiv(depth - blocks * Q, splits * KW), num_stages=1):
-            left = fetch_slots(slots_ptr, strip + t // KW, rest, depth, end, 1)
-            products = add_products(products, gather_parts(xt_ptr, left, M, K, TOKENS, 1), left, TOKENS, 1, DT)
-            rest += splits * KW
+        more = deepest(further_ptr, strip, depth, S) - tl.minimum(depth, blocks * Q)
+        if not EARLY:
+            rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
+            places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
+            left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
+        for _ in tl.range(0, tl.cdiv(more, splits * KW * REST), num_stages=1):
+            now_slots = left
+            rest += splits * KW * REST
+            left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
+            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, REST)
+            products = add_products(products, gathered, now_slots, TOKENS, REST, DT)
     if SLOTS or LISTS:
         # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
         sums = acc if KW == 1 else tl.zeros((S * KW, 16, TOKENS), tl.float32)

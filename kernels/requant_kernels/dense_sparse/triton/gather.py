@@ -14,18 +14,43 @@ from requant_kernels.dense_sparse.triton.table import IN_PLACE
 
 
 @triton.jit
-def fetch_step(slots_ptr, strip, step, depth, limit):
-    """int32 [L, 32]: the slots of step ``step`` [L] of strips ``strip`` [L], zero from ``limit`` on."""
-    at = (strip * depth + step)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    return tl.load(slots_ptr + at, mask=(step < limit)[:, None], other=0)
+def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
+    """Q steps of strips ``strip`` [L] from ``step`` [L] on, zero from ``limit`` on: a tuple of int32 [L, 32]."""
+    slots = ()
+    for q in tl.static_range(Q):
+        at = (strip * depth + step + q)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        slots = slots + (tl.load(slots_ptr + at, mask=(step + q < limit)[:, None], other=0),)  # noqa: RUF005
+    return slots
 
 
 @triton.jit
-def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
-    """Q steps from ``step`` [L] on, as a tuple."""
+def deepest(further_ptr, first_strip, depth, S: tl.constexpr):
+    """The steps of the deepest of S strips from ``first_strip`` on."""
+    most = 0
+    for s in tl.static_range(S):
+        at = further_ptr + first_strip + s
+        most = tl.maximum(most, tl.load(at + 1) - tl.load(at))
+    return depth + most
+
+
+@triton.jit
+def locate_strips(further_ptr, strip, live, depth, strips):
+    """Of strips ``strip`` [L] where step 0 stands, where it would stand if all steps were further ones, and how many
+    steps there are: none unless ``live``."""
+    further = tl.load(further_ptr + strip)
+    steps = depth + tl.load(further_ptr + strip + 1) - further
+    return strip * depth, (strips - 1) * depth + further, tl.where(live, steps, 0)
+
+
+@triton.jit
+def fetch_further(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
+    """As ``fetch_slots``, every ``stride``-th step to the last one. places: ``locate_strips``."""
+    near, far, steps = places
     slots = ()
     for q in tl.static_range(Q):
-        slots = slots + (fetch_step(slots_ptr, strip, step + q, depth, limit),)  # noqa: RUF005
+        now = step + q * stride
+        at = (tl.where(now < depth, near, far) + now)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        slots = slots + (tl.load(slots_ptr + at, mask=(now < steps)[:, None], other=0),)  # noqa: RUF005
     return slots
 
 

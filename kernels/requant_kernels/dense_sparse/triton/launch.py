@@ -50,14 +50,14 @@ class Call:
 
     @property
     def slots(self) -> list[torch.Tensor]:
-        """slots [strips, depth, 32], owners, lanes, windows; stand-ins that no kernel reads where there are none; so
-        with what follows."""
-        return self.tensors[3:7] if self.layer.steps else [self.tensors[0]] * 4
+        """slots [strips and more, depth, 32], further, owners, rows, windows; stand-ins that no kernel reads where
+        there are none; so with what follows."""
+        return self.tensors[3:8] if self.layer.steps else [self.tensors[0]] * 5
 
     @property
     def beside_slots(self) -> list[torch.Tensor]:
         """entries, segments, strip_chunks, bounds, overflow."""
-        first = 7 if self.layer.steps else 3
+        first = 8 if self.layer.steps else 3
         return self.tensors[first : first + 5] if self.layer.beside_slots.entries else [self.tensors[0]] * 5
 
     @property
@@ -79,14 +79,13 @@ class Call:
         """Of kernels that read slots, and the lists beside them."""
         return {"SLOTS": bool(self.layer.steps), "LISTS": bool(self.layer.beside_slots.entries)}
 
-    def steps(self, most: int) -> tuple[int, bool]:
-        """How many steps of the slots go with each block of columns, at most ``most``, and whether some are left."""
-        return max(1, min(self.layer.steps, most)), self.layer.steps > most
 
-
-def most_steps(tile: Tile) -> int:
-    """How many steps of the slots may go with a block of columns: as many as there are registers for."""
-    return 2 if tile.kernel == "few" and tile.tokens <= 8 else 1
+def most_steps(tile: Tile) -> tuple[int, int]:
+    """How many steps of the slots may go with a block of columns, and how many at a time come after all of them: as
+    many as there are registers for."""
+    if tile.tokens > 8:
+        return 1, 1
+    return 2, 2 if tile.tokens == 1 else 1
 
 
 @cache
@@ -163,10 +162,13 @@ def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tup
 def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
     entries, segments, _, bounds, _ = call.beside_slots
     arrays, sizes, constants = _shared(call, tile, sums)
-    q, rest = call.steps(most_steps(tile))
+    slots, further, owners, _, _ = call.slots
+    most, after = most_steps(tile)
+    q = max(1, min(call.layer.steps, most))
+    rest = after if call.layer.steps > most or call.layer.deepened else 0
     xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
-    arrays += [*call.slots[:2], entries, segments, bounds]
+    arrays += [slots, owners, further, entries, segments, bounds]
     few_kernel[grid[1:]](call.x, xt, *arrays, *sizes, **constants, **options)
 
 
@@ -176,8 +178,8 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
     constants["COLUMNS"] = tile.columns
     constants["EVEN"] = layer.in_features % BLOCK == 0
-    slots, _, lanes, windows = call.slots
-    arrays += [slots, lanes, windows, *call.beside_windows[:3]]
+    slots, further, _, rows, windows = call.slots
+    arrays += [slots, rows, further, windows, *call.beside_windows[:3]]
     middle_kernel[grid](call.x, *arrays, *sizes, **constants, **options)
 
 
@@ -231,16 +233,20 @@ def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
 def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> None:
     layer, rows = call.layer, weight.shape[0]
     codes, scales = call.dense
+    slots, further, owners, _, _ = call.slots
     entries, segments, chunks, *_ = call.beside_slots
     decode_kernel[(-(-rows // (16 * decode.strips)),)](
         weight,
         codes,
         scales,
-        *call.slots[:2],
+        slots,
+        owners,
+        further,
         entries,
         segments,
         chunks,
         start // 16,
+        layer.strips,
         rows,
         layer.in_features,
         layer.blocks,

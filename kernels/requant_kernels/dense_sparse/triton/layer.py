@@ -42,13 +42,14 @@ class Layer:
     strips: int
     blocks: int
     steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
+    deepened: int  # 1 where strips have further steps
     window: int  # entries of a window; 0 where there are no slots
     beside_slots: Beside
     beside_windows: Beside  # leftovers; all entries where there are no windows
 
     @classmethod
     def of(cls, ints: Sequence[int]) -> Self:
-        values: list[Any] = [*ints[:9], Beside(*ints[9:12]), Beside(*ints[12:])]
+        values: list[Any] = [*ints[:10], Beside(*ints[10:13]), Beside(*ints[13:])]
         return cls(*values)
 
     @property
@@ -86,17 +87,17 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     entries = Entries.of(sparse) if sparse else None
     slots = build_slots(entries, strips.strips) if entries else None
-    windows = build_windows(slots, entries, strips.blocks) if entries and slots and slots.depth else None
-    lists = build_lists(slots.rest, strips.strips) if slots and slots.rest else None
-    rest = windows.rest if windows else sparse
+    windows = build_windows(slots, entries, strips.blocks) if entries and slots else None
+    listed, rest = (slots.rest, windows.rest) if slots and windows else (sparse, sparse)
+    lists = build_lists(listed, strips.strips) if listed else None
     leftovers = build_leftovers(rest, strips.strips) if rest else None
     beside_slots, beside_windows = (_beside(one, strips.strips) for one in (lists, leftovers))
     # Enough for one token tile of strips, or several of larger tiles; beyond that there are programs enough.
     counters = max(beside_slots.lists, beside_windows.lists)
     tensors["arrived"] = torch.zeros(counters, dtype=torch.int32, device=strips.codes.device)
     if slots and windows:
-        tensors |= {"sparse_slots": slots.slots, "sparse_owners": slots.owners}
-        tensors |= {"sparse_lanes": slots.lanes, "sparse_windows": windows.starts}
+        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further}
+        tensors |= {"sparse_owners": slots.owners, "sparse_rows": slots.rows, "sparse_windows": windows.starts}
     if lists:
         tensors |= _tensors(lists, "lists")
     if leftovers:
@@ -110,6 +111,7 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         strips=strips.strips,
         blocks=strips.blocks,
         steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
+        deepened=int(slots.deepened) if slots else 0,
         window=windows.width if windows else 0,
         beside_slots=beside_slots,
         beside_windows=beside_windows,

@@ -28,10 +28,10 @@ def _add(w_ptr, row, column, entry, rows, K, DT: tl.constexpr):
     tl.store(at, (dense + half_bits(entry, 1, DT).to(tl.float32)).to(DT), mask=used)
 
 
-@triton.jit(do_not_specialize=["first_strip", "rows", "blocks", "exponent", "depth"])
+@triton.jit(do_not_specialize=["first_strip", "strips", "rows", "blocks", "exponent", "depth"])
 def decode_kernel(
-    w_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, entries_ptr, segments_ptr, chunks_ptr,
-    first_strip, rows, K, blocks, width, scale_step, exponent, depth,
+    w_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, further_ptr, entries_ptr, segments_ptr, chunks_ptr,
+    first_strip, strips, rows, K, blocks, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     S: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
@@ -73,9 +73,13 @@ def decode_kernel(
         slot = tl.arange(0, 16 * 32)
         for strip in tl.static_range(S):
             owners_at = owners_ptr + (first + strip) * 32 + slot % 32
-            for step in tl.range(0, depth, 16, num_stages=1):
-                at = ((first + strip) * depth + step) * 32 + slot
-                e = tl.load(slots_ptr + at, mask=step + slot // 32 < depth, other=0)
+            further = tl.load(further_ptr + first + strip)
+            far = (strips - 1) * depth + further
+            end = depth + tl.load(further_ptr + first + strip + 1) - further
+            for step in tl.range(0, end, 16, num_stages=1):
+                now = step + slot // 32
+                at = (tl.where(now < depth, (first + strip) * depth, far) + now) * 32 + slot % 32
+                e = tl.load(slots_ptr + at, mask=now < end, other=0)
                 r = tl.program_id(0) * R + strip * 16 + tl.load(owners_at)
                 _add(w_ptr, r, e & 0xFFFF, e, rows, K, DT)
     if LISTS:

@@ -22,7 +22,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     tile,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
-from requant_kernels.dense_sparse.triton.patch import load_windows, multiply_leftovers, patch
+from requant_kernels.dense_sparse.triton.patch import load_windows, locate_rows, multiply_leftovers, patch
 
 
 @triton.jit(
@@ -30,7 +30,7 @@ from requant_kernels.dense_sparse.triton.patch import load_windows, multiply_lef
 )
 def middle_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
-    lanes_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
+    rows_ptr, further_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
@@ -68,8 +68,10 @@ def middle_kernel(
         levels = load_levels(scales_ptr + tl.where(first < strips, first, 0) * 16, width, BITS, S)
 
     if WINDOW:
-        strip_at = (slots_ptr + n // 16 * depth * 32)[:, None]
-        lanes = tl.load((lanes_ptr + n)[:, None], mask=tl.full((R, 1), lo, tl.int32) < hi, other=0)
+        of = (n // 16)[:, None]
+        rows = tl.load((rows_ptr + n)[:, None], mask=tl.full((R, 1), lo, tl.int32) < hi, other=0)
+        further = tl.load(further_ptr + of, mask=tl.full((R, 1), lo, tl.int32) < hi, other=0)
+        places = locate_rows(of, rows, further, depth, strips, blocks)
         starts_at = (starts_ptr + n)[:, None]
         starts = tl.load(starts_at + lo * width, mask=tl.full((R, 1), lo, tl.int32) < hi, other=0)
     if LISTS:
@@ -95,7 +97,7 @@ def middle_kernel(
         if KIND != CODEBOOK:
             scales = load_rows(scales_ptr + block * scale_step + n[None, :], width, WORDS)
         if WINDOW:
-            slots = load_windows(strip_at, lanes, starts, block, depth, blocks, WINDOW)
+            slots = load_windows(slots_ptr, places, starts, block, depth, WINDOW)
             # wanted by the addresses of the next iteration, whose copies then have as long as those of x
             starts = tl.load(starts_at + (block + 1) * width, mask=tl.full((R, 1), block + 1, tl.int32) < hi, other=0)
         for start in tl.static_range(0, 256, COLUMNS):

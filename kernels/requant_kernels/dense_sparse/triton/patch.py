@@ -11,19 +11,34 @@ from requant_kernels.dense_sparse.triton.decode import half_bits, halves
 
 
 @triton.jit
-def load_windows(strip_at, lanes, starts, block, depth, blocks, WIDTH: tl.constexpr):
-    """The entries of a block's windows: WIDTH int32 [R, 4], zero beyond the last slot of a row. strip_at int32* [R, 1]:
-    the slots of each row's strip; lanes, starts int32 [R, 1]: ``Slots.lanes``, the block's word of
-    ``Windows.starts``."""
+def locate_rows(strip, rows, further, depth, strips, blocks):
+    """Where the slots of each row stand, for ``load_windows``: int32 [R, 1] all. strip: each row's; rows:
+    ``Slots.rows``; further: ``Slots.further`` of the strip."""
+    first = rows & 31
+    lanes = tl.maximum(rows >> 5 & 31, 1)
+    held = rows >> 10
+    near = strip * depth * 32 + first
+    far = ((strips - 1) * depth + further) * 32 + first
+    pace = held * 1024 // (blocks * 4)
+    # 2**32 / lanes from below, and, in the bits that do not count, the lanes
+    divisor = (tl.full(rows.shape, 0xFFFFFFFF, tl.uint32) // lanes.to(tl.uint32) - 31) & 0xFFFFFFE0
+    return near, far, held, pace, divisor.to(tl.int32, bitcast=True) | lanes
+
+
+@triton.jit
+def load_windows(slots_ptr, places, starts, block, depth, WIDTH: tl.constexpr):
+    """The entries of a block's windows: WIDTH int32 [R, 4], zero beyond the last entry of a row. places:
+    ``locate_rows``; starts int32 [R, 1]: the block's word of ``Windows.starts``."""
+    near, far, held, pace, divisor = places
     t = tl.arange(0, 4)[None, :]
-    log = lanes >> 8
-    pace = depth * 1024 // (blocks * 4)
-    first = (starts >> (8 * t) & 0xFF) - 128 + (((block * 4 + t) * pace >> 10) << log)
+    first = (starts >> (8 * t) & 0xFF) - 128 + ((block * 4 + t) * pace >> 10)
     entries = ()
     for i in tl.static_range(WIDTH):
-        step = (first + i) >> log
-        at = strip_at + (step * 32 + (lanes & 0xFF) + ((first + i) & ((1 << log) - 1)))
-        entries = entries + (tl.load(at, mask=step < depth, other=0),)  # noqa: RUF005
+        entry = first + i
+        step = tl.umulhi((entry + 1).to(tl.uint32), tl.broadcast_to(divisor, first.shape).to(tl.uint32, bitcast=True))
+        step = step.to(tl.int32)
+        at = tl.where(step < depth, near, far) + (step * 32 + entry - step * (divisor & 31))
+        entries = entries + (tl.load(slots_ptr + at, mask=entry < held, other=0),)  # noqa: RUF005
     return entries
 
 

@@ -1,11 +1,14 @@
 """Where most entries of the sparse part stand at run time: in lanes of their rows, so that the place says the row.
 
-Slots. int32 [strips, depth, 32]: a strip of 16 rows has 32 lanes of ``depth`` slots. A row has 1, 2, 4 ... lanes side
-by side, more of them the more entries it has; entry j of a row, in the order of ``Entries``, stands in lane j modulo
-their number, one slot deeper each time that they are all used. An entry is its column in bits 0-15 and the value's 16
-bits above; an empty slot is zero. A kernel knows where a strip's slots are without looking, and adds up a lane's
-products in place. What does not fit a row's lanes is left to lists.py, and so is all of a layer whose columns do not
-fit 16 bits.
+Slots. A strip of 16 rows has 32 lanes, and its rows share them out, each the more the more entries it has. Entry j of a
+row, in the order of ``Entries``, stands in lane j modulo their number, one *step* deeper each time that they are all
+used. An entry is its column in bits 0-15 and the value's 16 bits above; an empty slot is zero. A kernel adds up a
+lane's products in place.
+
+Every strip has ``depth`` steps, with which a third of them can do, so that a kernel knows where they are without
+looking: int32 [strips, depth, 32]. The others' *further* steps stand behind all of these, one strip's after the
+other's, where ``further`` says. What a strip crowded beyond all measure does not hold is left to lists.py, and so is
+all of a layer whose columns do not fit 16 bits.
 """
 
 from dataclasses import dataclass
@@ -13,14 +16,13 @@ from typing import Self
 
 import torch
 
-from requant_kernels.dense_sparse.triton.lists import CHUNK
+from requant_kernels.dense_sparse.triton.lists import offsets_of
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP, upper_half
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
 LANES = 32
-# What the rest costs, in steps of a strip: a chunk of a list, and for every strip that there are lists at all.
-CHUNK_COST, LISTS_COST = 12, 1
-DEEPEST = 4  # times what the mean row needs of two lanes, and a few
+# No strip has more steps than these times the mean, and these: the rest have finished long before.
+DEEPEST, SHALLOW = 4, 8
 
 
 def window_of(columns: torch.Tensor) -> torch.Tensor:
@@ -56,59 +58,66 @@ class Entries:
 
 @dataclass(frozen=True)
 class Slots:
-    """slots int32 [strips, depth, 32]; owners int32 [strips, 32]: the row, of the strip's 16, that a lane belongs to;
-    lanes int32 [16 * strips]: a row's first lane, and from bit 8 on the binary logarithm of their number; ``rest``: the
-    entries without a slot, None where there are none."""
+    """slots int32 [strips and more, depth, 32], further steps behind those of the strips; further int32 [strips + 1]:
+    where the further steps of each strip begin, counted from the first; owners int32 [strips, 32]: the row, of the
+    strip's 16, that a lane belongs to; rows int32 [16 * strips]: a row's first lane in bits 0-4, their number in bits
+    5-9, above the number of its entries that have a slot; ``rest``: the others, None where there are none."""
 
     slots: torch.Tensor
+    further: torch.Tensor
     owners: torch.Tensor
-    lanes: torch.Tensor
+    rows: torch.Tensor
     rest: SparsePart | None
 
     @property
     def depth(self) -> int:
         return self.slots.shape[1]
 
+    @property
+    def deepened(self) -> bool:
+        """Whether any strip has further steps."""
+        return self.slots.shape[0] > self.owners.shape[0]
+
 
 def choose_lanes(counts: torch.Tensor) -> torch.Tensor:
-    """The binary logarithm of each row's number of lanes, int64 [strips, 16]; counts int64 [strips, 16]: its entries.
-    Lanes are doubled, those of the deepest row first, as long as a strip has some."""
-    logs = torch.zeros_like(counts)
+    """Each row's number of lanes, int64 [strips, 16]; counts int64 [strips, 16]: its entries. The deepest row of a
+    strip gets one more as long as there are some."""
+    lanes = torch.ones_like(counts)
     for _ in range(LANES - STRIP):
-        spare = LANES - (1 << logs).sum(1, keepdim=True)
-        load = torch.where((1 << logs) <= spare, counts / (1 << logs), 0.0)
+        load = counts / lanes
         deepest = load.argmax(1, keepdim=True)
-        logs.scatter_add_(1, deepest, (load.gather(1, deepest) > 1).long())
-    return logs
+        lanes.scatter_add_(1, deepest, (load.gather(1, deepest) > 1).long())
+    return lanes
 
 
-def choose_depth(counts: torch.Tensor, logs: torch.Tensor) -> int:
-    """The depth at which slots and lists together cost least; counts and logs int64 [strips, 16]: the entries of each
-    row, and ``choose_lanes``."""
-    most = int((-(-counts // (1 << logs))).max())
-    most = min(most, DEEPEST * (int(counts.float().mean()) // 2 + 4))
-    depths = torch.arange(most + 1, device=counts.device)
-    left = (counts[None] - (depths[:, None, None] << logs)).clamp(min=0).sum(2)
-    chunks = (-(-left // CHUNK)).sum(1)
-    cost = len(counts) * (depths + LISTS_COST * (chunks > 0)) + CHUNK_COST * chunks
-    return int(cost.argmin())
+def needed_steps(counts: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
+    """The steps of each strip, int64 [strips], bounded; counts and lanes int64 [strips, 16]: the entries of each row,
+    and ``choose_lanes``."""
+    steps = (-(-counts // lanes)).amax(1)
+    return steps.clamp(max=DEEPEST * -(-int(steps.sum()) // len(steps)) + SHALLOW)
 
 
-def build_slots(entries: Entries, strips: int) -> Slots:
-    """The sparse part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device."""
+def build_slots(entries: Entries, strips: int) -> Slots | None:
+    """``entries`` of a layer of ``strips`` strips, at least one entry, whose values are bfloat16 or float16, on its
+    device; None where columns do not fit."""
+    if entries.shape[1] > MAX_UINT16_COLUMNS:
+        return None
     rows, device = entries.rows, entries.rows.device
     counts = torch.bincount(rows, minlength=strips * STRIP).view(strips, STRIP)
-    logs = choose_lanes(counts)
-    first = (1 << logs).cumsum(1) - (1 << logs)
-    depth = choose_depth(counts, logs) if entries.shape[1] <= MAX_UINT16_COLUMNS else 0
-    log = logs.view(-1)[rows]
-    step = entries.at >> log
-    lane = first.view(-1)[rows] + (entries.at & ((1 << log) - 1))
-    has = step < depth
-    slots = torch.zeros(strips, depth, LANES, dtype=torch.int32, device=device)
+    lanes = choose_lanes(counts)
+    first = lanes.cumsum(1) - lanes
+    steps = needed_steps(counts, lanes)
+    depth = max(1, int(steps.sort().values[strips // 3]))
+    further = offsets_of((steps - depth).clamp(min=0))
+    slots = torch.zeros(strips + -(-int(further[-1]) // depth), depth, LANES, dtype=torch.int32, device=device)
+    strip, count = rows // STRIP, lanes.view(-1)[rows]
+    step, lane = entries.at // count, first.view(-1)[rows] + entries.at % count
+    has = step < steps[strip]
+    place = torch.where(step < depth, strip * depth, (strips - 1) * depth + further[strip]) + step
     words = upper_half(entries.values) | entries.columns.to(torch.int32)
-    slots.view(-1)[((rows // STRIP * depth + step) * LANES + lane)[has]] = words[has]
+    slots.view(-1)[(place * LANES + lane)[has]] = words[has]
     # lanes that no row has are empty: whose they are does not matter
     owners = (torch.arange(LANES, device=device) >= first[:, :, None]).sum(1) - 1
-    lanes = (first | (logs << 8)).view(-1)
-    return Slots(slots, owners.to(torch.int32), lanes.to(torch.int32), entries.where(~has))
+    held = torch.minimum(counts, lanes * steps[:, None])
+    packed = (first | lanes << 5 | held << 10).view(-1).to(torch.int32)
+    return Slots(slots, further.to(torch.int32), owners.to(torch.int32), packed, entries.where(~has))

@@ -68,8 +68,9 @@ def _variant(  # noqa: PLR0917
         label += f" m{tile.tokens}"
         constants |= {"TOKENS": tile.tokens, "SPLIT": split, "BIAS": split != LATER}
         constants["PDL"] = tables()[table].pdl
-    if kernel is few_kernel:
-        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if tile and crowded else 1, "REST": crowded}
+    if tile and kernel is few_kernel:
+        most, after = most_steps(tile)
+        constants |= {"QUADS": QUADS, "Q": most if crowded else 1, "REST": after if sparse else 0, "LISTS": crowded}
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}

@@ -3,9 +3,9 @@
 A thread of a tensor core's operand has the columns 8 i + 2 t and 8 i + 2 t + 1 of a block of 256, t = 0 to 3. Those of
 a row, a block and a t are a *window*, and a row's entries are in the order of windows. starts int32 [blocks,
 16 * strips]: byte t of a word is the number of the first entry of window t, plus 128, less ``expected``: what it were
-if a row's slots were full and its entries at equal distances. A kernel looks at ``width`` entries of a window, the same
-number everywhere; what lies beyond is left to leftovers.py, and so is the second entry of a pair of columns, because
-pairs are put in whole.
+if the row's entries were at equal distances. A kernel looks at ``width`` entries of a window, the same number
+everywhere; what lies beyond is left to leftovers.py, and so is the second entry of a pair of columns, because pairs are
+put in whole.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from requant_kernels.dense_sparse.triton.slots import Entries, Slots, window_of
-from requant_kernels.dense_sparse.triton.strips import STRIP
 from requant_kernels.sparse import SparsePart
 
 IN_BLOCK = 4  # windows
@@ -31,25 +30,25 @@ class Windows:
     rest: SparsePart | None
 
 
-def expected(window: torch.Tensor, log: torch.Tensor, depth: int, blocks: int) -> torch.Tensor:
-    """The entry with which ``window``, counted over the whole row, would begin in 2**``log`` lanes; as patch.py has
+def expected(window: torch.Tensor, held: torch.Tensor, blocks: int) -> torch.Tensor:
+    """The entry with which ``window``, counted over the whole row, would begin of ``held`` in a row; as patch.py has
     it."""
-    return (window * (depth * 1024 // (IN_BLOCK * blocks)) >> 10) << log
+    return window * (held * 1024 // (IN_BLOCK * blocks)) >> 10
 
 
 def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     """The windows of ``slots``, which hold ``entries``, for ``blocks`` blocks of 256 columns."""
     rows, columns, device = entries.rows, entries.columns, entries.rows.device
-    every, count = len(slots.slots) * STRIP, IN_BLOCK * blocks
+    every, count = len(slots.rows), IN_BLOCK * blocks
     inside = window_of(columns)
-    held = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
-    before = held.cumsum(1, dtype=torch.int32) - held
-    log = slots.lanes >> 8
-    guess = expected(torch.arange(count, dtype=torch.int32, device=device), log[:, None], slots.depth, blocks)
+    each = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
+    before = each.cumsum(1, dtype=torch.int32) - each
+    held = slots.rows >> 10
+    guess = expected(torch.arange(count, dtype=torch.int32, device=device), held[:, None], blocks)
     byte = (before - guess + 128).clamp(0, 255)
     starts = byte.view(every, blocks, IN_BLOCK).to(torch.uint8).view(torch.int32).view(every, blocks)
     place = entries.at - (byte + guess - 128)[rows, inside]
-    place[(entries.at >> log[rows] >= slots.depth) | (place < 0)] = WIDTHS[-1]
+    place[(entries.at >= held[rows]) | (place < 0)] = WIDTHS[-1]
     gain = {width: int(((place >= width) & (place < WIDTHS[-1])).sum()) for width in WIDTHS}  # of the widest over it
     width = next(width for width in WIDTHS if gain[width] <= WORTH * len(rows))
     second = torch.zeros_like(place, dtype=torch.bool)
