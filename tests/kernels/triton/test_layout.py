@@ -29,7 +29,7 @@ from requant_kernels.dense_sparse.triton.strips import (
     pack_strips,
     unit,
 )
-from requant_kernels.dense_sparse.triton.windows import Windows, build_windows, expected
+from requant_kernels.dense_sparse.triton.windows import IN_SIGHT, QUARTER, Windows, build_windows, expected
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 
@@ -215,13 +215,18 @@ def in_windows(slots: Slots, windows: Windows, shape: tuple[int, int], dtype: to
         first, lanes, held = place & 31, place >> 5 & 31, place >> 10
         byte = int(windows.starts[block, row]) >> (8 * t) & 0xFF
         begin = byte - 128 + int(expected(torch.tensor(4 * block + t), torch.tensor(held), blocks))
-        seen = set()
-        for entry in range(begin, min(begin + windows.width, held)):
-            word = int(steps_of(slots, row // STRIP)[entry // lanes, first + entry % lanes])
-            column = word & 0xFFFF
-            if word and column // BLOCK == block and column // 2 % 4 == t and column // 2 not in seen:
-                seen.add(column // 2)
-                read[row, column] = torch.tensor(word >> 16, dtype=torch.int16).view(dtype)
+        entries = range(begin, min(begin + windows.width, held))
+        words = [int(steps_of(slots, row // STRIP)[entry // lanes, first + entry % lanes]) for entry in entries]
+        for quarter in range(4):
+            bound = BLOCK * block + QUARTER * quarter
+            ahead = [i for i, word in enumerate(words) if word & 0xFFFF >= bound]
+            start = ahead[0] if ahead else len(words)
+            sight = words if windows.width <= IN_SIGHT else words[start : start + IN_SIGHT]
+            seen = set()
+            for column, value in ((word & 0xFFFF, word >> 16) for word in sight):
+                if bound <= column < bound + QUARTER and column // 2 % 4 == t and column // 2 not in seen:
+                    seen.add(column // 2)
+                    read[row, column] = torch.tensor(value, dtype=torch.int16).view(dtype)
     return read[: shape[0], : shape[1]]
 
 

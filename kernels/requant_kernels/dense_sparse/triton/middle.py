@@ -117,7 +117,7 @@ def middle_kernel(
                     w = w * group_scale(scales, part * SPAN // GROUP, MODE, DT)[:, :, None]
                 w = tl.reshape(w, (R, SPAN))
                 if WINDOW:
-                    w = (w + patch(slots, block, part, SPAN, WINDOW, DT)).to(DT)
+                    w = (w + patch(slots, block, part, SPAN, DT)).to(DT)
                 parts = parts + (w[None, :, :],)  # noqa: RUF005 (triton knows no *)
             w = tl.reshape(side_by_side(parts, 0, COLUMNS // SPAN), (R, COLUMNS))
             acc = tl.dot(w, tl.trans(x), acc)

@@ -7,7 +7,10 @@ the tokens. windows.py says which slots are looked at for which columns."""
 import triton
 import triton.language as tl
 
+from requant_kernels.dense_sparse.triton import windows
 from requant_kernels.dense_sparse.triton.decode import half_bits, halves
+
+IN_SIGHT, QUARTER = tl.constexpr(windows.IN_SIGHT), tl.constexpr(windows.QUARTER)
 
 
 @triton.jit
@@ -43,17 +46,26 @@ def load_windows(slots_ptr, places, starts, block, depth, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr, DT: tl.constexpr):
+def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr):
     """DT [R, SPAN]: what ``load_windows`` found for the block's part PART of SPAN columns, zero elsewhere."""
+    WIDTH: tl.constexpr = len(slots)
     R: tl.constexpr = slots[0].shape[0]
-    t = tl.arange(0, 4)[None, None, :]
-    eight = PART * SPAN + 8 * tl.arange(0, SPAN // 8)[None, :, None]
-    pairs = tl.zeros((R, SPAN // 8, 4), tl.int32)
+    # Where no more are loaded than are in sight, all are.
+    SIGHT: tl.constexpr = SPAN if WIDTH <= IN_SIGHT else min(QUARTER, SPAN)
+    SEEN: tl.constexpr = min(WIDTH, IN_SIGHT)
+    start = PART * SPAN + SIGHT * tl.arange(0, SPAN // SIGHT)[None, :, None, None]
+    bound = block * 256 + start // QUARTER * QUARTER
+    column = start + 8 * tl.arange(0, SIGHT // 8)[None, None, :, None]
+    t = tl.arange(0, 4)[None, None, None, :]
+    pairs = tl.zeros((R, SPAN // SIGHT, SIGHT // 8, 4), tl.int32)
     # The first of a window is put in last: an empty slot behind it, zero at column 0, then hides nothing.
-    for i in tl.static_range(WIDTH - 1, -1, -1):
-        entry = slots[i][:, None, :]
+    for ahead in tl.static_range(SEEN - 1, -1, -1):
+        entry = slots[WIDTH - SEEN + ahead][:, None, None, :]
+        for i in tl.static_range(WIDTH - SEEN - 1, -1, -1):
+            passed = (slots[i][:, None, None, :] & 0xFFFF) < bound
+            entry = tl.where(passed, entry, slots[i + ahead][:, None, None, :])
         value = (entry.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True) << (entry << 4 & 16)
-        pairs = tl.where((entry & 0xFFFE) - (block * 256 + 2 * t) == eight, value, pairs)
+        pairs = tl.where((entry & 0xFFFE) - (block * 256 + 2 * t) == column, value, pairs)
     return tl.reshape(halves(tl.reshape(pairs, (R, SPAN // 2)), DT), (R, SPAN))
 
 

@@ -4,8 +4,11 @@ A thread of a tensor core's operand has the columns 8 i + 2 t and 8 i + 2 t + 1 
 a row, a block and a t are a *window*, and a row's entries are in the order of windows. starts int32 [blocks,
 16 * strips]: byte t of a word is the number of the first entry of window t, plus 128, less ``expected``: what it were
 if the row's entries were at equal distances. A kernel looks at ``width`` entries of a window, the same number
-everywhere; what lies beyond is left to leftovers.py, and so is the second entry of a pair of columns, because pairs are
-put in whole.
+everywhere. Where these are more than IN_SIGHT, it compares each of a window's columns with IN_SIGHT of them only: the
+first that do not lie before its QUARTER of the block.
+
+What is not seen so is left to leftovers.py, and so is the second entry of a pair of columns, because pairs are put in
+whole.
 """
 
 from dataclasses import dataclass
@@ -13,11 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from requant_kernels.dense_sparse.triton.slots import Entries, Slots, window_of
+from requant_kernels.dense_sparse.triton.strips import BLOCK
 from requant_kernels.sparse import SparsePart
 
 IN_BLOCK = 4  # windows
 WIDTHS = (1, 2, 4, 8)
+QUARTER, IN_SIGHT = 64, 2
 WORTH = 0.04  # of all entries: windows as wide as WIDTHS has them must hold so many more to be worth their cost
+FAR = 128  # a window that begins so much later than expected, or a little more than that earlier, holds nothing
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,32 @@ def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     before = each.cumsum(1, dtype=torch.int32) - each
     held = slots.rows >> 10
     guess = expected(torch.arange(count, dtype=torch.int32, device=device), held[:, None], blocks)
-    byte = (before - guess + 128).clamp(0, 255)
+    late = before - guess
+    byte = torch.where(late < FAR, late + FAR, 2 * FAR - 1 - WIDTHS[-1])  # looks at what comes before the window
+    byte = torch.where(late < -FAR, 2 * FAR - 1, byte)  # ... and behind it: it holds 64 at most
     starts = byte.view(every, blocks, IN_BLOCK).to(torch.uint8).view(torch.int32).view(every, blocks)
-    place = entries.at - (byte + guess - 128)[rows, inside]
-    place[(entries.at >= held[rows]) | (place < 0)] = WIDTHS[-1]
-    gain = {width: int(((place >= width) & (place < WIDTHS[-1])).sum()) for width in WIDTHS}  # of the widest over it
-    width = next(width for width in WIDTHS if gain[width] <= WORTH * len(rows))
-    second = torch.zeros_like(place, dtype=torch.bool)
+    window = rows * count + inside
+    found = (late >= -FAR) & (late < FAR)
+    there = found[rows, inside] & (entries.at < held[rows])
+    rank, in_quarter = entries.at - before[rows, inside], _rank(window * 4 + columns % BLOCK // QUARTER)
+    seen = {width: there & _seen(rank, in_quarter, width) for width in WIDTHS}
+    most = int(seen[WIDTHS[-1]].sum())
+    width = next(width for width in WIDTHS if most - int(seen[width].sum()) <= WORTH * len(rows))
+    second = torch.zeros_like(there)
     pair = rows * entries.shape[1] + columns // 2
-    second[1:] = (pair[1:] == pair[:-1]) & (place[1:] > 0)  # the first of the pair is in the window, and hides it
-    return Windows(starts.t().contiguous(), width, entries.where((place >= width) | second))
+    second[1:] = (pair[1:] == pair[:-1]) & seen[width][:-1]  # the first of the pair hides it
+    return Windows(starts.t().contiguous(), width, entries.where(~seen[width] | second))
+
+
+def _rank(groups: torch.Tensor) -> torch.Tensor:
+    """How many of the same group stand before each; groups int64 [n]: side by side."""
+    places = torch.arange(len(groups), device=groups.device)
+    first = torch.ones_like(groups, dtype=torch.bool)
+    first[1:] = groups[1:] != groups[:-1]
+    return places - torch.where(first, places, 0).cummax(0).values
+
+
+def _seen(rank: torch.Tensor, in_quarter: torch.Tensor, width: int) -> torch.Tensor:
+    """bool [nnz]: whether a kernel sees the entry that is the ``rank``-th of its window and the ``in_quarter``-th of
+    its quarter."""
+    return (rank < width) & (in_quarter < IN_SIGHT) if width > IN_SIGHT else rank < width
