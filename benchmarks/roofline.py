@@ -31,7 +31,8 @@ INSTRUCTIONS = {"few": 2.4, "middle": 3.5, "decode": 2.9}
 SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
 PATCH_INSTRUCTIONS = 3.6
 WINDOW_BITS = 8 / 64  # a weight: where a window of 64 begins
-FILL = 1.5  # slots an entry: every row of a strip has as many as its fullest ones want
+FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
+LEFT = 0.02  # of the entries stand in no window: the middle reads their x apart, token by token
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 SECTOR = 32  # bytes, the least that comes from L2
 WORKSPACES = (32, 64, 128, 256)  # MiB
@@ -133,6 +134,8 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
     transposed = tile.transposed and load.density > 0
     gathered = entries * token_tiles * max(SECTOR, 2 * tile.tokens) if transposed else 0  # few x fit into the L1
+    if tile.kernel == "middle":
+        gathered = entries * LEFT * tokens * SECTOR
     activations = row_tiles * 2 * tokens * shape.columns + gathered
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * tile.tokens * token_tiles * shape.weights

@@ -28,8 +28,8 @@ from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
     add_products,
     deepest,
-    fetch_further,
     fetch_slots,
+    fetch_step,
     gather_parts,
     locate_strips,
     most_chunks,
@@ -56,7 +56,7 @@ def few_kernel(
     they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel`` adds back.
     scales: int32 words [.., width], or the levels.
     xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns,
-    and what is left of them, with REST, comes after all blocks, REST steps at a time.
+    and what is left of them, with REST, comes after all blocks.
     """
     if PDL:
         gdc_launch_dependents()
@@ -68,7 +68,7 @@ def few_kernel(
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
-    EARLY: tl.constexpr = TOKENS <= 8  # so do the first steps of slots that come after all blocks
+    EARLY: tl.constexpr = TOKENS <= 8  # so does the first step of slots that comes after all blocks
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
     split = tl.program_id(1)
@@ -104,7 +104,7 @@ def few_kernel(
     if REST and EARLY:
         rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
         places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
-        left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
+        left = fetch_step(slots_ptr, places, rest, depth)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -158,13 +158,13 @@ def few_kernel(
         if not EARLY:
             rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
             places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
-            left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
-        for _ in tl.range(0, tl.cdiv(more, splits * KW * REST), num_stages=1):
+            left = fetch_step(slots_ptr, places, rest, depth)
+        for _ in tl.range(0, tl.cdiv(more, splits * KW), num_stages=1):
             now_slots = left
-            rest += splits * KW * REST
-            left = fetch_further(slots_ptr, places, rest, depth, splits * KW, REST)
-            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, REST)
-            products = add_products(products, gathered, now_slots, TOKENS, REST, DT)
+            rest += splits * KW
+            left = fetch_step(slots_ptr, places, rest, depth)
+            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, 1)
+            products = add_products(products, gathered, now_slots, TOKENS, 1, DT)
     if SLOTS or LISTS:
         # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
         sums = acc if KW == 1 else tl.zeros((S * KW, 16, TOKENS), tl.float32)

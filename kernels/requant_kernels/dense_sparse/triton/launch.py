@@ -80,12 +80,9 @@ class Call:
         return {"SLOTS": bool(self.layer.steps), "LISTS": bool(self.layer.beside_slots.entries)}
 
 
-def most_steps(tile: Tile) -> tuple[int, int]:
-    """How many steps of the slots may go with a block of columns, and how many at a time come after all of them: as
-    many as there are registers for."""
-    if tile.tokens > 8:
-        return 1, 1
-    return 2, 2 if tile.tokens == 1 else 1
+def most_steps(tile: Tile) -> int:
+    """How many steps of the slots may go with a block of columns: as many as there are registers for."""
+    return 2 if tile.tokens <= 8 else 1
 
 
 @cache
@@ -163,9 +160,8 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     entries, segments, _, bounds, _ = call.beside_slots
     arrays, sizes, constants = _shared(call, tile, sums)
     slots, further, owners, _, _ = call.slots
-    most, after = most_steps(tile)
-    q = max(1, min(call.layer.steps, most))
-    rest = after if call.layer.steps > most or call.layer.deepened else 0
+    q = max(1, min(call.layer.steps, most_steps(tile)))
+    rest = call.layer.steps > q or bool(call.layer.deepened)
     xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
     arrays += [slots, owners, further, entries, segments, bounds]

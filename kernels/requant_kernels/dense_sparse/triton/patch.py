@@ -70,17 +70,31 @@ def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr
 
 
 @triton.jit
+def _leftovers(columns_ptr, words_ptr, entry, end):
+    """(columns, words), zero from ``end`` on."""
+    return tl.load(columns_ptr + entry, mask=entry < end, other=0), tl.load(
+        words_ptr + entry, mask=entry < end, other=0
+    )
+
+
+@triton.jit
 def multiply_leftovers(
     acc, start, end, x_at, columns_ptr, words_ptr, n, split, splits, PIECE: tl.constexpr, DT: tl.constexpr
 ):
     """acc fp32 [R, TOKENS] plus the products of x with every ``splits``-th piece, from ``split`` on, of the leftovers
     from ``start`` to ``end``, those of rows ``n`` [R]: PIECE entries, told apart by a one-hot matrix. x_at DT*
-    [TOKENS, 1]: each token."""
-    for at in tl.range(start + split * PIECE, end, splits * PIECE, num_stages=1):
-        entry = at + tl.arange(0, PIECE)
-        column = tl.load(columns_ptr + entry, mask=entry < end, other=0)
-        word = tl.load(words_ptr + entry, mask=entry < end, other=0)
+    [TOKENS, 1]: each token. Entries are read two pieces ahead, x one."""
+    entry = start + split * PIECE + tl.arange(0, PIECE)
+    column, word = _leftovers(columns_ptr, words_ptr, entry, end)
+    x = tl.load(x_at + column[None, :], mask=(entry < end)[None, :], other=0.0)
+    entry += splits * PIECE
+    column, next_word = _leftovers(columns_ptr, words_ptr, entry, end)
+    for _ in tl.range(start + split * PIECE, end, splits * PIECE, num_stages=1):
+        now, now_word = x, word
+        word = next_word
         x = tl.load(x_at + column[None, :], mask=(entry < end)[None, :], other=0.0)
-        hit = (word & 0xFFFF)[None, :] == (n & 0xFFFF)[:, None]
-        acc = tl.dot(tl.where(hit, half_bits(word, 1, DT)[None, :], 0.0).to(DT), tl.trans(x), acc)
+        entry += splits * PIECE
+        column, next_word = _leftovers(columns_ptr, words_ptr, entry, end)
+        hit = (now_word & 0xFFFF)[None, :] == (n & 0xFFFF)[:, None]
+        acc = tl.dot(tl.where(hit, half_bits(now_word, 1, DT)[None, :], 0.0).to(DT), tl.trans(now), acc)
     return acc

@@ -69,8 +69,7 @@ def _variant(  # noqa: PLR0917
         constants |= {"TOKENS": tile.tokens, "SPLIT": split, "BIAS": split != LATER}
         constants["PDL"] = tables()[table].pdl
     if tile and kernel is few_kernel:
-        most, after = most_steps(tile)
-        constants |= {"QUADS": QUADS, "Q": most if crowded else 1, "REST": after if sparse else 0, "LISTS": crowded}
+        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
