@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
 
+from requant_kernels.dense_sparse.triton.layer import TRANSPOSED_FROM
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, tables
 
@@ -32,7 +33,7 @@ SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
 PATCH_INSTRUCTIONS = 3.6
 WINDOW_BITS = 8 / 64  # a weight: where a window of 64 begins
 FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
-LEFT = 0.02  # of the entries stand in no window: the middle reads their x apart, token by token
+LEFT = 0.02  # of the entries are left over by windows: the middle reads their x apart
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 SECTOR = 32  # bytes, the least that comes from L2
 WORKSPACES = (32, 64, 128, 256)  # MiB
@@ -132,14 +133,17 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
         for_entries = shape.weights * PATCH_INSTRUCTIONS if entries else 0
         stored = load.stored + (shape.weights * WINDOW_BITS / 8 if entries else 0)
     instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
-    transposed = tile.transposed and load.density > 0
-    gathered = entries * token_tiles * max(SECTOR, 2 * tile.tokens) if transposed else 0  # few x fit into the L1
-    if tile.kernel == "middle":
-        gathered = entries * LEFT * tokens * SECTOR
+    from_l2 = entries * LEFT if tile.kernel == "middle" else entries
+    transposed = entries and (tile.transposed or (tile.kernel == "middle" and tile.tokens >= TRANSPOSED_FROM))
+    gathered = 0.0  # few x fit into the L1
+    if transposed:
+        gathered = from_l2 * token_tiles * max(SECTOR, 2 * tile.tokens) + 4 * tokens * shape.columns
+    elif tile.kernel == "middle":
+        gathered = from_l2 * tokens * SECTOR
     activations = row_tiles * 2 * tokens * shape.columns + gathered
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * tile.tokens * token_tiles * shape.weights
-    fixed = (1 + transposed) * gpu.launch + (splits > 1) * JOIN
+    fixed = (1 + bool(transposed)) * gpu.launch + (splits > 1) * JOIN
     issue = instructions / gpu.instructions
     tensor = flops / gpu.product / (0.6 if tile.kernel == "few" else 1.0)  # mma.sync does not reach wgmma's rate
     if tile.kernel == "middle" and tile.columns < BLOCK:

@@ -11,15 +11,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit(do_not_specialize=["M"])
 def transpose_kernel(x_ptr, xt_ptr, M, K, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """xt [K, TOKENS] = x [M, K]^T, zero in columns from M on. Grid (ceil(K / COLUMNS),)."""
+    """xt [K, width] = x [M, K]^T, zero in columns from M on; width: the next multiple of TOKENS.
+    Grid (ceil(K / COLUMNS), width / TOKENS)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    m = tl.arange(0, TOKENS)
+    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (k < K)[None, :]
     x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
-    tl.store(xt_ptr + k[:, None] * TOKENS + m[None, :], tl.trans(x), mask=tl.trans(inside))
+    width = tl.cdiv(M, TOKENS) * TOKENS
+    tl.store(xt_ptr + k[:, None] * width + m[None, :], tl.trans(x), mask=tl.trans(inside))
 
 
 @triton.jit(do_not_specialize=["M", "strips", "splits", "row_tiles"], do_not_specialize_on_alignment=["bias_ptr"])

@@ -174,14 +174,17 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     constants |= {"WINDOW": layer.window, "LISTS": bool(layer.beside_windows.entries)}
     constants["COLUMNS"] = tile.columns
     constants["EVEN"] = layer.in_features % BLOCK == 0
+    constants["TRANSPOSED"] = layer.transposed(tile.tokens)
+    xt = _transpose(call.x, tile.tokens, options) if constants["TRANSPOSED"] else call.x
     slots, further, _, rows, windows = call.slots
     arrays += [slots, rows, further, windows, *call.beside_windows[:3]]
-    middle_kernel[grid](call.x, *arrays, *sizes, **constants, **options)
+    middle_kernel[grid](call.x, xt, *arrays, *sizes, **constants, **options)
 
 
 def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:
-    xt = x.new_empty(x.shape[1], tokens)
-    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS),)
+    tiles = -(-x.shape[0] // tokens)
+    xt = x.new_empty(x.shape[1], tiles * tokens)
+    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS), tiles)
     transpose_kernel[grid](x, xt, *x.shape, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
     return xt
 

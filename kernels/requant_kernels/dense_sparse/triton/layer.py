@@ -19,6 +19,9 @@ from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
+# Leftovers read x entry by entry, 32 bytes for every 2. Transposing it first takes a launch, and less than that from so
+# many tokens on; for layers that leave more of their entries than evenly scattered ones, always (docs/ROOFLINE.md).
+TRANSPOSED_FROM, MANY_LEFT = 128, 0.025
 MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
@@ -44,12 +47,13 @@ class Layer:
     steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
     deepened: int  # 1 where strips have further steps
     window: int  # entries of a window; 0 where there are no slots
+    uneven: int  # 1 where more than MANY_LEFT of the entries are left over
     beside_slots: Beside
     beside_windows: Beside  # leftovers; all entries where there are no windows
 
     @classmethod
     def of(cls, ints: Sequence[int]) -> Self:
-        values: list[Any] = [*ints[:10], Beside(*ints[10:13]), Beside(*ints[13:])]
+        values: list[Any] = [*ints[:11], Beside(*ints[11:14]), Beside(*ints[14:])]
         return cls(*values)
 
     @property
@@ -64,6 +68,10 @@ class Layer:
     @property
     def rows(self) -> int:
         return self.strips * 16
+
+    def transposed(self, tokens: int) -> bool:
+        """Whether tiles of ``tokens`` in the middle read x transposed for leftovers."""
+        return bool(self.uneven or (self.beside_windows.entries and tokens >= TRANSPOSED_FROM))
 
 
 def kind_of(weight: DenseSparseWeight) -> int:
@@ -113,6 +121,7 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
         deepened=int(slots.deepened) if slots else 0,
         window=windows.width if windows else 0,
+        uneven=int(sparse is not None and rest is not None and rest.nnz > MANY_LEFT * sparse.nnz),
         beside_slots=beside_slots,
         beside_windows=beside_windows,
     )

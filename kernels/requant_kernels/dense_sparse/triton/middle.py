@@ -29,17 +29,18 @@ from requant_kernels.dense_sparse.triton.patch import load_windows, locate_rows,
     do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
 )
 def middle_kernel(
-    x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
+    x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
     rows_ptr, further_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
-    COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    S: tl.constexpr, PDL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
-    starts: ``Windows``, of WINDOW slots, 0 for none; with LISTS there are ``Leftovers``. EVEN: K is a multiple of 256.
+    starts: ``Windows``, of WINDOW slots, 0 for none; with LISTS there are ``Leftovers``, for which x is read from xt,
+    x^T [K, width] (fixup.py), if TRANSPOSED. EVEN: K is a multiple of 256.
     A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and decodes weights for one while the
     other runs.
     """
@@ -123,8 +124,10 @@ def middle_kernel(
             acc = tl.dot(w, tl.trans(x), acc)
 
     if LISTS:
-        PIECE: tl.constexpr = 16 if TOKENS >= 128 else 32  # as many as fit the registers
-        acc = multiply_leftovers(acc, left, left_end, x_at, columns_ptr, words_ptr, n, split, splits, PIECE, DT)
+        if TRANSPOSED:
+            x_at = xt_ptr + m[:, None]
+        stride = tl.num_programs(0) * TOKENS if TRANSPOSED else 1
+        acc = multiply_leftovers(acc, left, left_end, x_at, stride, columns_ptr, words_ptr, n, split, splits, DT)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(

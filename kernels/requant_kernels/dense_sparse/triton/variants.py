@@ -10,7 +10,15 @@ from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
 from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS, most_steps
-from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE
+from requant_kernels.dense_sparse.triton.layer import (
+    ASYMMETRIC,
+    CODEBOOK,
+    HERE,
+    LATER,
+    SYMMETRIC,
+    TRANSPOSED_FROM,
+    WHOLE,
+)
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.table import Decode, Tile, tables
@@ -72,6 +80,7 @@ def _variant(  # noqa: PLR0917
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
+        constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
