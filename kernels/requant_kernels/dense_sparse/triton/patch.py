@@ -70,29 +70,15 @@ def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr
 
 
 @triton.jit
-def _leftovers(columns_ptr, words_ptr, entry, end):
-    """(columns, words), zero from ``end`` on."""
-    return tl.load(columns_ptr + entry, mask=entry < end, other=0), tl.load(
-        words_ptr + entry, mask=entry < end, other=0
-    )
-
-
-@triton.jit
 def multiply_leftovers(acc, start, end, x_at, stride, columns_ptr, words_ptr, n, split, splits, DT: tl.constexpr):
     """acc fp32 [R, TOKENS] plus the products of x with every ``splits``-th piece, from ``split`` on, of the leftovers
-    from ``start`` to ``end``, those of rows ``n`` [R]: 32 entries, told apart by a one-hot matrix. x_at DT*
-    [TOKENS, 1]: each token, ``stride`` from a column to the next. Entries are read two pieces ahead, x one."""
-    entry = start + split * 32 + tl.arange(0, 32)
-    column, word = _leftovers(columns_ptr, words_ptr, entry, end)
-    x = tl.load(x_at + column[None, :] * stride, mask=(entry < end)[None, :], other=0.0)
-    entry += splits * 32
-    column, next_word = _leftovers(columns_ptr, words_ptr, entry, end)
-    for _ in tl.range(start + split * 32, end, splits * 32, num_stages=1):
-        now, now_word = x, word
-        word = next_word
+    from ``start`` to ``end``, those of rows ``n`` [R]: 32 entries, told apart by a one-hot matrix. x_at DT* [TOKENS,
+    1]: each token, ``stride`` from a column to the next."""
+    for at in tl.range(start + split * 32, end, splits * 32, num_stages=3):
+        entry = at + tl.arange(0, 32)
+        column = tl.load(columns_ptr + entry, mask=entry < end, other=0)
+        word = tl.load(words_ptr + entry, mask=entry < end, other=0)
         x = tl.load(x_at + column[None, :] * stride, mask=(entry < end)[None, :], other=0.0)
-        entry += splits * 32
-        column, next_word = _leftovers(columns_ptr, words_ptr, entry, end)
-        hit = (now_word & 0xFFFF)[None, :] == (n & 0xFFFF)[:, None]
-        acc = tl.dot(tl.where(hit, half_bits(now_word, 1, DT)[None, :], 0.0).to(DT), tl.trans(now), acc)
+        hit = (word & 0xFFFF)[None, :] == (n & 0xFFFF)[:, None]
+        acc = tl.dot(tl.where(hit, half_bits(word, 1, DT)[None, :], 0.0).to(DT), tl.trans(x), acc)
     return acc

@@ -161,9 +161,10 @@ def _fixups() -> Iterator[Variant]:
     reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "R": 64, "TOKENS": 64, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
-    transpose = {"TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
-    signature = _signature(transpose_kernel, "bf16", transpose)
-    yield Variant("transpose m16", transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
+    for tokens in (16, 128):
+        transpose = {"TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
+        signature = _signature(transpose_kernel, "bf16", transpose)
+        yield Variant(f"transpose m{tokens}", transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
 
 
 def variants(everything: bool) -> Iterator[Variant]:
