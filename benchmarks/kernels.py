@@ -4,7 +4,8 @@
     python benchmarks/kernels.py --model Llama-3.1-8B     some models only
     python benchmarks/kernels.py --w8a8                   W8A8 layers instead, beside int8 cuBLAS and vLLM's cutlass
     python benchmarks/kernels.py --uneven                 entries crowd in some rows, as in trained models
-    python benchmarks/kernels.py --tune h200.json         search launch configurations, write them as a table
+    python benchmarks/kernels.py --tune h200.json         search launch configurations, write them as a table (4 bit;
+                                                          --bits 2 --bits 3 --tokens 16: of those, up to 16 tokens)
     python benchmarks/kernels.py --tiny                   a few cells anywhere: in Triton's interpreter without a GPU
 
 Every configuration is compared with the reference before it is timed: graph replays over copies of the layer that
@@ -38,6 +39,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=500, help="begin nothing after this time (default 500)")
     parser.add_argument("--json", type=Path, help="write all cells and failures there")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="write the fastest launch table there instead")
+    parser.add_argument("--bits", type=int, action="append", choices=(2, 3, 4, 8), help="to tune; may be repeated")
+    parser.add_argument("--tokens", type=int, default=1024, help="tune no tile of more (default 1024)")
     parser.add_argument("--w8a8", action="store_true", help="int8 layers instead of dense-plus-sparse ones")
     parser.add_argument("--uneven", action="store_true", help="rows have as many entries as those of trained models")
     parser.add_argument("--tiny", action="store_true", help="a few cells, whose times mean nothing without a GPU")
@@ -112,6 +115,20 @@ def measure(options: argparse.Namespace, setting: Any, deadline: float) -> int:
     return 1 if record.failures else 0
 
 
+def tune(options: argparse.Namespace, setting: Any, deadline: float) -> int:
+    """One width after the other, each on the table that the one before has written; the exit status."""
+    from benchmarks.kernel_timing import shapes, tuning
+
+    in_use, status, widths = tuning.table_in_use(setting), 0, options.bits or [4]
+    for place, bits in enumerate(widths):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(widths) - place)
+        search = tuning.Search(bits, shapes.MODELS["Llama-3.1-8B"], options.tokens, until, options.tune)
+        failed, in_use = tuning.tune(search, in_use, setting)
+        status = status or failed
+    return status
+
+
 def main() -> int:
     options = arguments()
     deadline = time.monotonic() + options.seconds
@@ -123,7 +140,6 @@ def main() -> int:
         return 1
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which is below
-    from benchmarks.kernel_timing import shapes, tuning
     from benchmarks.kernel_timing.layers import Setting
 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what is cut short has said what it found
@@ -133,7 +149,7 @@ def main() -> int:
     setting = Setting(torch.device("cuda" if gpu else "cpu"), dtype, uneven=options.uneven)
     torch.backends.cuda.matmul.allow_tf32 = False
     if options.tune:
-        return tuning.tune(shapes.MODELS["Llama-3.1-8B"], setting, options.tune, deadline)
+        return tune(options, setting, deadline)
     return measure(options, setting, deadline)
 
 

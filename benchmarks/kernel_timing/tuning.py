@@ -1,6 +1,6 @@
 """Searches the launch table of a device: candidates for each number of tokens, checked and timed on one model's layers.
 
-They are timed at 4 bit in groups of 128 with 0.5 % entries; other widths, and codebooks, keep the table in use.
+They are timed at one width in groups of 128 with 0.5 % entries; other widths, and codebooks, keep the table in use.
 """
 
 import time
@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 from requant_kernels.dense_sparse.triton.implementation import Triton
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, table_of
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, parse, table_of
 from requant_kernels.prepared import Prepared
 
 from benchmarks.kernel_timing import layers
@@ -25,9 +25,8 @@ from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
 ENDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
-BITS = 4
-SCHEME = (BITS, 128, 0.005)
-OTHER_BITS = (2, 3, 8)
+GROUP, DENSITY = 128, 0.005
+BITS = (2, 3, 4, 8)
 WORKSPACES = (32, 64, 128, 256)  # MiB
 DECODED_TOKENS = 1024  # at which the workspace is chosen
 SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer runs
@@ -63,8 +62,8 @@ class Layer:
     exact: torch.Tensor
 
     @classmethod
-    def of(cls, shape: Shape, setting: Setting) -> Self:
-        weight = layers.random_weight(shape, *SCHEME, setting)
+    def of(cls, shape: Shape, bits: int, setting: Setting) -> Self:
+        weight = layers.random_weight(shape, bits, GROUP, DENSITY, setting)
         prepared = layers.prepare(setting.implementation, weight, setting)
         copies = layers.rotated(list(prepared.tensors.values()), setting)
         return cls(shape, prepared, copies, layers.exact_weight(weight))
@@ -97,49 +96,60 @@ class Stand:
         return total
 
 
-def run_once(tile: Tile, in_use: Table, setting: Setting) -> None:
+def run_once(tile: Tile, bits: int, in_use: Table, setting: Setting) -> None:
     """Compiles both variants of ``tile``, with the columns whole and split."""
-    weight = layers.random_weight(SMALL, *SCHEME, setting)
+    weight = layers.random_weight(SMALL, bits, GROUP, DENSITY, setting)
     for programs in (1, 10**6):
         implementation = Triton(only(replace(tile, programs=programs), in_use))
         prepared = layers.prepare(implementation, weight, setting)
         layers.run_once(implementation, prepared, SMALL, (tile.up_to,), setting)
 
 
-def runnable(tiles: Sequence[Tile], in_use: Table, setting: Setting, seconds: float) -> list[Tile]:
+def runnable(tiles: Sequence[Tile], bits: int, in_use: Table, setting: Setting, seconds: float) -> list[Tile]:
     """Those that compile and run, by all workers together, in about ``seconds``; the reasons of others are printed."""
     unique = list(dict.fromkeys(replace(tile, programs=1) for tile in tiles))
-    tasks = [partial(run_once, tile, in_use, setting) for tile in unique]
+    tasks = [partial(run_once, tile, bits, in_use, setting) for tile in unique]
     failures = dict(zip(unique, compile_all(tasks, workers(setting.device), setting.device, seconds), strict=True))
     for failure, count in Counter(filter(None, failures.values())).items():
         print(f"  {count} of {len(unique)} candidates do not run: {failure}")
     return [tile for tile in tiles if not failures[replace(tile, programs=1)]]
 
 
-def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float) -> int:
-    """Writes the table to ``path`` after each end that was decided; none is begun after ``deadline`` on the monotonic
-    clock. A tile ends where decoding and multiplying is faster. The exit status: 1 where the table in use is wrong or
-    nothing was decided."""
-    in_use = table_of(setting.device) if setting.device.type == "cuda" else layers.INTERPRETED
-    tiles = [tile for up_to in ENDS for tile in candidates(up_to, *_processors(setting.device))]
+@dataclass(frozen=True)
+class Search:
+    """What is tuned: ``bits`` of the weights, on layers of ``shapes``, up to ``tokens``; none is begun after
+    ``deadline`` on the monotonic clock, and the table is written to ``path`` after each end that was decided."""
+
+    bits: int
+    shapes: Sequence[Shape]
+    tokens: int
+    deadline: float
+    path: Path
+
+
+def tune(search: Search, in_use: Table, setting: Setting) -> tuple[int, Table]:
+    """A tile ends where decoding and multiplying is faster. The exit status, 1 where the table in use is wrong or
+    nothing was decided, and the table that was written."""
+    ends = [up_to for up_to in ENDS if up_to <= search.tokens]
+    tiles = [tile for up_to in ends for tile in candidates(up_to, *_processors(setting.device))]
     if setting.device.type == "cuda":
         begun = time.monotonic()
-        tiles = runnable(tiles, in_use, setting, (deadline - begun) / 2)
+        tiles = runnable(tiles, search.bits, in_use, setting, (search.deadline - begun) / 2)
         print(f"compiled in {time.monotonic() - begun:.0f} s")
-    measured = [Layer.of(shape, setting) for shape in shapes]
+    measured = [Layer.of(shape, search.bits, setting) for shape in search.shapes]
     decode = _fastest_decode(Stand(measured, DECODED_TOKENS, setting), in_use)
     chosen: list[Tile] = []
-    sound = True
-    for up_to in ENDS:
+    sound, written = True, in_use
+    for up_to in ends:
         stand = Stand(measured, up_to, setting)
         baseline = stand.time(in_use)
         times: dict[Tile | None, float] = {None: stand.time(only(None, in_use, decode))}
-        of_the_table = in_use.tile(up_to, BITS, False)
+        of_the_table = in_use.tile(up_to, search.bits, False)
         own = [replace(of_the_table, up_to=up_to, bits=None, codebook=None)] if of_the_table else []
         for tile in dict.fromkeys([*own, *(tile for tile in tiles if tile.up_to == up_to)]):
-            if time.monotonic() > deadline:
+            if time.monotonic() > search.deadline:
                 print(f"{up_to:>5} tokens and more: not decided, the time was used up")
-                return 0 if chosen and sound else 1
+                return 0 if chosen and sound else 1, written
             times[tile] = stand.time(only(tile, in_use, decode))
         best = min(times, key=lambda tile: times[tile])
         sound = sound and baseline < float("inf")
@@ -149,10 +159,17 @@ def tune(shapes: Sequence[Shape], setting: Setting, path: Path, deadline: float)
         )
         if best:
             chosen.append(best)
-        write_json(path, table_data(chosen, decode, in_use, _name(setting.device), ended=best is None))
+        tuned = replace(in_use, tiles=tuple(chosen), decode=decode)
+        data = table_data(tuned, search.bits, in_use, _name(setting.device), ended=best is None)
+        write_json(search.path, data)
+        written = parse(data)
         if best is None:
             break
-    return 0 if sound else 1
+    return 0 if sound else 1, written
+
+
+def table_in_use(setting: Setting) -> Table:
+    return table_of(setting.device) if setting.device.type == "cuda" else layers.INTERPRETED
 
 
 def _fastest_decode(stand: Stand, in_use: Table) -> Decode:
@@ -164,27 +181,28 @@ def _fastest_decode(stand: Stand, in_use: Table) -> Decode:
     return ways[min(times, key=lambda mib: times[mib])]
 
 
-def table_data(tiles: Sequence[Tile], decode: Decode, in_use: Table, name: str, *, ended: bool) -> dict[str, Any]:
-    """The tuned tiles as JSON data of a table for the device ``name``, followed by those in use for all that was not
-    tuned: other layers, and, unless the tuned ones ``ended`` because decoding is faster, more tokens."""
-    tuned = [replace(tile, bits=(BITS,), codebook=False) for tile in tiles]
-    rest = [part for tile in in_use.tiles for part in (_others(tile) if ended else (tile,))]
+def table_data(tuned: Table, bits: int, in_use: Table, name: str, *, ended: bool) -> dict[str, Any]:
+    """``tuned`` for layers of ``bits`` as JSON data of a table for the device ``name``, followed by the tiles in use
+    for all that was not tuned: other layers, and, unless the tuned ones ``ended`` because decoding is faster, more
+    tokens."""
+    tiles = [replace(tile, bits=(bits,), codebook=False) for tile in tuned.tiles]
+    rest = [part for tile in in_use.tiles for part in (_others(tile, bits) if ended else (tile,))]
     return {
         "names": [name],
         "pdl": in_use.pdl,
         "source": f"measured by benchmarks/kernels.py --tune on {name}, triton {_triton_version()}; "
-        f"what is not bits [{BITS}] and codebook false, or beyond it, from the table before: {in_use.source}",
-        "tiles": [{key: value for key, value in asdict(tile).items() if value is not None} for tile in [*tuned, *rest]],
-        "decode": asdict(decode),
+        f"what is not bits [{bits}] and codebook false, or beyond it, from the table before: {in_use.source}",
+        "tiles": [{key: value for key, value in asdict(tile).items() if value is not None} for tile in [*tiles, *rest]],
+        "decode": asdict(tuned.decode),
     }
 
 
-def _others(tile: Tile) -> Iterator[Tile]:
-    """The rule, for the layers alone that were not tuned."""
-    if bits := tuple(bits for bits in tile.bits or OTHER_BITS if bits != BITS):
+def _others(tile: Tile, tuned: int) -> Iterator[Tile]:
+    """The rule, for the layers alone that were not tuned: not of ``tuned`` bits, or with a codebook."""
+    if bits := tuple(bits for bits in tile.bits or BITS if bits != tuned):
         yield replace(tile, bits=bits)
-    if tile.codebook is not False and (tile.bits is None or BITS in tile.bits):
-        yield replace(tile, bits=(BITS,), codebook=True)
+    if tile.codebook is not False and (tile.bits is None or tuned in tile.bits):
+        yield replace(tile, bits=(tuned,), codebook=True)
 
 
 def _processors(device: torch.device) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from requant_kernels.dense_sparse.triton.table import Decode, Tile, parse, table
 
 from benchmarks.kernel_timing import layers, shapes, tuning
 
+BITS = 3
 WRONG = 99  # stages, which the interpreter does not look at
 FEW = Tile("few", up_to=1, tokens=1, strips=8, warps=8, stages=2, programs=1)
 MIDDLE = Tile("middle", up_to=20, tokens=32, strips=8, warps=4, stages=2, programs=1)
@@ -32,17 +33,19 @@ def test_the_search_includes_what_is_shipped(name, processors, columns):
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_layers_that_were_not_tuned_keep_the_table_in_use(monkeypatch, ended):
+@pytest.mark.parametrize("tuned_bits", [2, 4])
+def test_layers_that_were_not_tuned_keep_the_table_in_use(monkeypatch, ended, tuned_bits):
     monkeypatch.setattr(tuning, "_triton_version", lambda: "any")
     before = tables()["h200"]
     tuned = [FEW, replace(MIDDLE, up_to=64, tokens=64)]
     decode = replace(before.decode, workspace_mib=128)
-    data = tuning.table_data(tuned, decode, before, "NVIDIA H100 80GB HBM3", ended=ended)
+    own = replace(before, tiles=tuple(tuned), decode=decode)
+    data = tuning.table_data(own, tuned_bits, before, "NVIDIA H100 80GB HBM3", ended=ended)
     table = parse(json.loads(json.dumps(data)))
     assert (table.names, table.decode) == (("NVIDIA H100 80GB HBM3",), decode)
     for tokens, bits, codebook in product((1, 2, 16, 64, 65, 256, 257), (2, 3, 4, 8), (False, True)):
         now, then = geometry(table.tile(tokens, bits, codebook)), geometry(before.tile(tokens, bits, codebook))
-        if (bits, codebook) != (4, False):
+        if (bits, codebook) != (tuned_bits, False):
             assert now == then, (tokens, bits, codebook)
         elif tokens <= 64:
             assert now == tuned[tokens > 1]
@@ -70,7 +73,9 @@ def tuned(path: Path, seconds: float) -> tuple[int, str]:
         patch.setattr(tuning, "candidates", lambda up_to, *_: found[up_to])
         patch.setattr(tuning, "microseconds", lambda *_: float(next(clock)))
         setting = layers.Setting(torch.device("cpu"), torch.float16)
-        status = tuning.tune(shapes.TINY, setting, path, time.monotonic() + seconds)
+        search = tuning.Search(BITS, shapes.TINY, 20, time.monotonic() + seconds, path)
+        status, table = tuning.tune(search, layers.INTERPRETED, setting)
+    assert table == (parse(json.loads(path.read_text())) if path.exists() else layers.INTERPRETED)
     return status, said.getvalue()
 
 
@@ -80,7 +85,7 @@ def test_what_computes_something_else_is_named_and_never_chosen(interpreted, tmp
     assert status == 0, said
     assert f"stages={WRONG}" in next(line for line in said.splitlines() if "discarded: ArithmeticError" in line)
     table = parse(json.loads(path.read_text()))
-    assert [geometry(table.tile(tokens, 4, False)) for tokens in (1, 20)] == [FEW, MIDDLE]
+    assert [geometry(table.tile(tokens, BITS, False)) for tokens in (1, 20)] == [FEW, MIDDLE]
     assert table.decode == Decode(strips=8, k_warps=1, warps=4, stages=2, workspace_mib=2)
     assert list(tmp_path.iterdir()) == [path]
 
