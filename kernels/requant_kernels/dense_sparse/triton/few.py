@@ -28,8 +28,8 @@ from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
     add_products,
     deepest,
+    fetch_further,
     fetch_slots,
-    fetch_step,
     gather_parts,
     locate_strips,
     most_chunks,
@@ -69,6 +69,7 @@ def few_kernel(
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
     EARLY: tl.constexpr = TOKENS <= 8  # so does the first step of slots that comes after all blocks
+    AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
     split = tl.program_id(1)
@@ -104,7 +105,7 @@ def few_kernel(
     if REST and EARLY:
         rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
         places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
-        left = fetch_step(slots_ptr, places, rest, depth)
+        left = fetch_further(slots_ptr, places, rest, depth, splits * KW, 1)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -155,16 +156,19 @@ def few_kernel(
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
         more = deepest(further_ptr, strip, depth, S) - tl.minimum(depth, blocks * Q)
-        if not EARLY:
+        if EARLY:
+            gathered = gather_parts(xt_ptr, left, M, K, TOKENS, 1)
+            products = add_products(products, gathered, left, TOKENS, 1, DT)
+            rest += splits * KW
+            more -= splits * KW
+        else:
             rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
             places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
-            left = fetch_step(slots_ptr, places, rest, depth)
-        for _ in tl.range(0, tl.cdiv(more, splits * KW), num_stages=1):
-            now_slots = left
-            rest += splits * KW
-            left = fetch_step(slots_ptr, places, rest, depth)
-            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, 1)
-            products = add_products(products, gathered, now_slots, TOKENS, 1, DT)
+        for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
+            few = fetch_further(slots_ptr, places, rest, depth, splits * KW, AFTER)
+            theirs = gather_parts(xt_ptr, few, M, K, TOKENS, AFTER)
+            products = add_products(products, theirs, few, TOKENS, AFTER, DT)
+            rest += splits * KW * AFTER
     if SLOTS or LISTS:
         # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
         sums = acc if KW == 1 else tl.zeros((S * KW, 16, TOKENS), tl.float32)

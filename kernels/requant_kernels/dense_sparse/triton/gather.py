@@ -43,12 +43,16 @@ def locate_strips(further_ptr, strip, live, depth, strips):
 
 
 @triton.jit
-def fetch_step(slots_ptr, places, step, depth):
-    """Step ``step`` [L] of each strip, further ones too, zero behind the last: a tuple of an int32 [L, 32]. places:
+def fetch_further(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
+    """As ``fetch_slots``, but every ``stride``-th step, further ones too, to each strip's last. places:
     ``locate_strips``."""
     near, far, steps = places
-    at = (tl.where(step < depth, near, far) + step)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    return (tl.load(slots_ptr + at, mask=(step < steps)[:, None], other=0),)
+    slots = ()
+    for q in tl.static_range(Q):
+        now = step + q * stride
+        at = (tl.where(now < depth, near, far) + now)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        slots = slots + (tl.load(slots_ptr + at, mask=(now < steps)[:, None], other=0),)  # noqa: RUF005
+    return slots
 
 
 @triton.constexpr_function
