@@ -69,6 +69,19 @@ def test_served_and_evaluated_perplexity_agree(client, checkpoint, persuasion):
     assert_perplexities_agree(client, checkpoint, persuasion)
 
 
+@pytest.mark.gpu
+def test_graphs_of_all_sizes_answer_and_compile_nothing_under_load(checkpoint, persuasion, tmp_path):
+    monitored = ("--max-model-len", "512", "--jit-monitor-mode", "error")  # with compilation and CUDA graphs
+    with serve(checkpoint, "--served-model-name", "micro", *monitored, log=tmp_path / "server.log") as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        for streams in (1, 3, 20, 100):  # of which each is a token of a step
+            prompts = [[5 + stream] * (1 + 3 * stream) for stream in range(streams)]
+            answer = client.completions.create(model="micro", prompt=prompts, max_tokens=8, temperature=0)
+            assert answer.usage.completion_tokens == 8 * streams
+        assert_perplexities_agree(client, checkpoint, persuasion)
+        server.check()
+
+
 def test_the_server_refuses_a_tampered_checkpoint_by_name(checkpoint, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(checkpoint, bad)
