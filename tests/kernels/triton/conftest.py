@@ -13,12 +13,12 @@ import torch
 
 
 def poison_new_tensors() -> None:
-    """From here on, memory that a kernel has not written reads as NaN."""
+    """From here on, memory that a kernel has not written reads as NaN, of integers as 77."""
     unpoisoned = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
         tensor = unpoisoned(self, *size, **options)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
 
     torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
 

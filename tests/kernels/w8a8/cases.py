@@ -56,6 +56,7 @@ def check(case: Case) -> None:
     y = implementation.apply(x.to(device), tensors, moved, case.rows, list(prepared.meta)).cpu()
 
     assert y.dtype == case.dtype
+    assert not tensors[-1].any(), "the count of shares is not back at zero"
     codes, scale, zero = quantize_input(x, activations, weight.input_scale, weight.input_zero_point)
     terms = (codes.float().abs() + zero.abs()) @ weight.codes.float().abs().T * scale * weight.scale
     rounding = torch.finfo(case.dtype).eps * expected.abs() + 4 * torch.finfo(torch.float32).eps * terms
@@ -76,7 +77,8 @@ def check_rounding(case: Case) -> None:
     device = torch.device(case.device)
     layer = Runtime.of(weight.to(device), weight.codes, weight.scale)
     steps = (torch.empty(case.tokens, device=device), torch.empty(case.tokens, dtype=torch.int32, device=device))
-    codes = launch._Call(x.to(device), layer, None, case.table()).round(steps).cpu()
+    arrived = torch.zeros(0, dtype=torch.int32, device=device)
+    codes = launch._Call(x.to(device), layer, arrived, None, case.table()).round(steps).cpu()
     defined = quantize_input(x, activations, weight.input_scale, weight.input_zero_point)
     assert torch.equal(codes, defined.codes)
     assert torch.equal(steps[0].cpu(), defined.scale.flatten())

@@ -97,6 +97,7 @@ def test_no_program_is_without_columns(programs):
 BAD_TABLES = {
     "kernel 'middle' is not": {"tiles": [PRODUCT.__dict__ | {"kernel": "middle"}]},
     "do not hold up_to 32": {"tiles": [FUSED.__dict__ | {"up_to": 32}, PRODUCT.__dict__]},
+    "programs 5000 are more than 4096": {"tiles": [PRODUCT.__dict__ | {"programs": 5000}]},
     "last tile must take any": {"tiles": [PRODUCT.__dict__ | {"up_to": 32}]},
 }
 

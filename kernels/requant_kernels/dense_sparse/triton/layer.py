@@ -1,6 +1,6 @@
 """A layer in the kernels' layout, as the tensors and integers that pass through the operator.
 
-One of the tensors is written to: ``arrived`` counts shares of sums (finish.py), and is zero again after every call. So
+One of the tensors is written to: ``arrived`` counts shares of sums (shares.py), and is zero again after every call. So
 a layer must not run twice at the same time.
 """
 

@@ -12,12 +12,11 @@ from requant_kernels.w8a8.triton.steps import encode, find_step, finish, inverse
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["bias_ptr"])
 def fused_kernel(
     x_ptr, static_scale_ptr, static_zero_ptr, weight_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr,
-    out_ptr, scale_ptr, zero_ptr, M, N, K,
-    DYNAMIC: tl.constexpr, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
+    out_ptr, shares_ptr, arrived_ptr, M, N, K,
+    DYNAMIC: tl.constexpr, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] for M <= TOKENS; with PARTIAL the sums of this program's share of the columns, int32 [splits, M, N],
-    and the tokens' steps in ``scale`` and ``zero``. Grid (row tiles, splits). EVEN: COLUMNS divides K."""
+    """y [M, N] for M <= TOKENS; ``finish`` says what SPLIT does. Grid (row tiles, splits). EVEN: COLUMNS divides K."""
     m = tl.arange(0, TOKENS)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, COLUMNS)
@@ -53,14 +52,8 @@ def fused_kernel(
         sums = tl.dot(encode(x, inverse[:, None], zero[:, None]), weight, sums, out_dtype=tl.int32)
 
     live = live_m & (n < N)[None, :]
-    at = m[:, None] * N + n[None, :]
-    if PARTIAL:
-        tl.store(out_ptr + split.to(tl.int64) * M * N + at, sums, mask=live)
-        if tl.program_id(0) + split == 0:
-            tl.store(scale_ptr + m, scale, mask=m < M)
-            tl.store(zero_ptr + m, zero.to(tl.int32), mask=m < M)
-    else:
-        y = finish(
-            sums, scale, zero.to(tl.int32), weight_scale_ptr, weight_sums_ptr, bias_ptr, m, n, N, SYMMETRIC, BIAS
-        )
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+    out_at = out_ptr + (m[:, None] * N + n[None, :])
+    finish(
+        sums, scale, zero.to(tl.int32), weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, shares_ptr,
+        arrived_ptr, n, N, split, tl.num_programs(1), tl.program_id(0), tl.num_programs(0), SYMMETRIC, BIAS, SPLIT,
+    )  # fmt: skip

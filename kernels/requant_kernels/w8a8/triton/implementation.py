@@ -8,7 +8,7 @@ from requant_kernels import gpu
 from requant_kernels.prepared import Prepared
 from requant_kernels.w8a8.interface import Implementation, LayerConfig
 from requant_kernels.w8a8.runtime import Runtime
-from requant_kernels.w8a8.triton.table import Table, table_of
+from requant_kernels.w8a8.triton.table import COUNTERS, Table, table_of
 from requant_kernels.w8a8.weight import W8A8Weight
 
 
@@ -32,6 +32,7 @@ class Triton(Implementation):
         """weight: the codes int8 [N, K] as they are stored."""
         there = weight.to(config.device)
         tensors, meta = Runtime.of(there, there.codes.contiguous(), there.scale.float()).store()
+        tensors["arrived"] = torch.zeros(COUNTERS, dtype=torch.int32, device=config.device)
         return Prepared(self.name, weight.out_features, tensors, meta)
 
     def apply(
@@ -44,7 +45,8 @@ class Triton(Implementation):
     ) -> torch.Tensor:
         from requant_kernels.w8a8.triton.launch import run
 
-        return run(gpu.aligned(x), Runtime.load(tensors, meta), bias, self._table_of(x.device))
+        *kept, arrived = tensors
+        return run(gpu.aligned(x), Runtime.load(kept, meta), arrived, bias, self._table_of(x.device))
 
     def _table_of(self, device: torch.device) -> Table:
         return self._table or table_of(device)

@@ -9,22 +9,23 @@ from requant_kernels.gpu import FP_FUSION
 from requant_kernels.w8a8.runtime import Runtime
 from requant_kernels.w8a8.triton.fused import fused_kernel
 from requant_kernels.w8a8.triton.product import product_kernel
-from requant_kernels.w8a8.triton.reduce import reduce_kernel
 from requant_kernels.w8a8.triton.rounding import round_kernel
 from requant_kernels.w8a8.triton.table import Table
 
-REDUCE_ROWS = 256
 
-
-def run(x: torch.Tensor, layer: Runtime, bias: torch.Tensor | None, table: Table) -> torch.Tensor:
-    """x [M, K] contiguous and 16-byte aligned -> y [M, N] of x's dtype; ``layer.weight`` is the weight int8 [N, K]."""
-    return _Call(x, layer, bias, table).run()
+def run(
+    x: torch.Tensor, layer: Runtime, arrived: torch.Tensor, bias: torch.Tensor | None, table: Table
+) -> torch.Tensor:
+    """x [M, K] contiguous and 16-byte aligned -> y [M, N] of x's dtype; ``layer.weight`` is the weight int8 [N, K].
+    arrived int32, all zero: a counter for each tile of a product whose columns are split (shares.py)."""
+    return _Call(x, layer, arrived, bias, table).run()
 
 
 @dataclass(frozen=True)
 class _Call:
     x: torch.Tensor
     layer: Runtime
+    arrived: torch.Tensor
     bias: torch.Tensor | None
     table: Table
 
@@ -33,18 +34,16 @@ class _Call:
         rows = self.layer.weight.shape[0]
         tile = self.table.tile(tokens)
         splits = tile.splits(tokens, rows, columns)
-        steps = self.x.new_empty(tokens, dtype=torch.float32), self.x.new_empty(tokens, dtype=torch.int32)
-        if tile.kernel == "product":
-            codes = self.round(steps)
-        if splits == 1:
-            out = self.x.new_empty(tokens, rows)
-        else:
-            out = self.x.new_empty(splits, tokens, rows, dtype=torch.int32)
-        sizes = (tokens, rows, columns)
+        row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
+        out = self.x.new_empty(tokens, rows)
+        shares = out
+        if splits > 1:
+            shares = self.x.new_empty(splits, token_tiles * row_tiles, tile.tokens * tile.rows, dtype=torch.int32)
+        arguments = (self.layer.weight, *self.scaling(), out, shares, self.arrived, tokens, rows, columns)
         constants = {
             "SYMMETRIC": self.layer.scheme.symmetric,
-            "BIAS": self.bias is not None and splits == 1,
-            "PARTIAL": splits > 1,
+            "BIAS": self.bias is not None,
+            "SPLIT": splits > 1,
             "EVEN": columns % tile.columns == 0,
             "TOKENS": tile.tokens,
             "ROWS": tile.rows,
@@ -53,18 +52,15 @@ class _Call:
             "num_stages": tile.stages,
             **FP_FUSION,
         }
-        row_tiles, token_tiles = -(-rows // tile.rows), -(-tokens // tile.tokens)
-        weight = self.layer.weight
+        grid = (token_tiles * row_tiles, splits)
         if tile.kernel == "fused":
             constants["DYNAMIC"] = self.layer.scheme.dynamic
-            fused_kernel[(row_tiles, splits)](
-                self.x, *self.static(), weight, *self.scaling(), out, *steps, *sizes, **constants
-            )
+            fused_kernel[grid](self.x, *self.static(), *arguments, **constants)
         else:
-            product_kernel[(token_tiles * row_tiles, splits)](
-                codes, *steps, weight, *self.scaling(), out, *sizes, GROUP=tile.group, **constants
-            )
-        return out if splits == 1 else self.reduce(out, steps)
+            steps = self.x.new_empty(tokens, dtype=torch.float32), self.x.new_empty(tokens, dtype=torch.int32)
+            codes = self.round(steps)
+            product_kernel[grid](codes, *steps, *arguments, GROUP=tile.group, **constants)
+        return out
 
     def static(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stored steps, or stand-ins that no kernel reads."""
@@ -97,22 +93,3 @@ class _Call:
             **FP_FUSION,
         )
         return codes
-
-    def reduce(self, shares: torch.Tensor, steps: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        splits, tokens, rows = shares.shape
-        out = self.x.new_empty(tokens, rows)
-        reduce_kernel[(-(-rows // REDUCE_ROWS), tokens)](
-            shares,
-            *steps,
-            *self.scaling(),
-            out,
-            tokens,
-            rows,
-            splits,
-            SYMMETRIC=self.layer.scheme.symmetric,
-            BIAS=self.bias is not None,
-            ROWS=REDUCE_ROWS,
-            num_warps=4,
-            **FP_FUSION,
-        )
-        return out

@@ -11,11 +11,11 @@ from requant_kernels.w8a8.triton.steps import finish
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["bias_ptr"])
 def product_kernel(
-    codes_ptr, scale_ptr, zero_ptr, weight_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_ptr, M, N, K,
-    SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, PARTIAL: tl.constexpr, EVEN: tl.constexpr,
+    codes_ptr, scale_ptr, zero_ptr, weight_ptr, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_ptr, shares_ptr,
+    arrived_ptr, M, N, K, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N]; with PARTIAL the sums of this program's share of the columns, int32 [splits, M, N].
+    """y [M, N]; ``finish`` says what SPLIT does.
 
     codes int8 [M, K], weight int8 [N, K]. Grid (token tiles * row tiles, splits). EVEN: COLUMNS divides K.
     """
@@ -49,11 +49,10 @@ def product_kernel(
         sums = tl.dot(codes, weight, sums, out_dtype=tl.int32)
 
     live = (m < M)[:, None] & (n < N)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    if PARTIAL:
-        tl.store(out_ptr + split.to(tl.int64) * M * N + at, sums, mask=live)
-    else:
-        scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
-        zero = tl.load(zero_ptr + m, mask=m < M, other=0)
-        y = finish(sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, m, n, N, SYMMETRIC, BIAS)
-        tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live)
+    out_at = out_ptr + (m.to(tl.int64)[:, None] * N + n[None, :])
+    scale = tl.load(scale_ptr + m, mask=m < M, other=0.0)
+    zero = tl.load(zero_ptr + m, mask=m < M, other=0)
+    finish(
+        sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, shares_ptr, arrived_ptr, n, N,
+        split, tl.num_programs(1), program, tl.num_programs(0), SYMMETRIC, BIAS, SPLIT,
+    )  # fmt: skip

@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from requant_kernels.shares import added_up, all_arrived
+
 
 @triton.jit
 def load_step(scale_ptr, zero_ptr, SYMMETRIC: tl.constexpr):
@@ -52,16 +54,36 @@ def encode(x, inverse, zero):
 
 
 @triton.jit
-def finish(
-    sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, m, n, N,
+def _write(
+    sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, n, N,
     SYMMETRIC: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Sums int32 [m, n] of products of codes -> y fp32, with scale fp32 and zero point int32 of each token."""
-    live = n < N
     if not SYMMETRIC:
-        sums -= zero[:, None] * tl.load(weight_sums_ptr + n, mask=live, other=0)[None, :]
-    weight_scale = tl.load(weight_scale_ptr + n, mask=live, other=0.0)
+        sums -= zero[:, None] * tl.load(weight_sums_ptr + n, mask=n < N, other=0)[None, :]
+    weight_scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)
     y = sums.to(tl.float32) * (scale[:, None] * weight_scale[None, :])
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)[None, :]
-    return y
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_at, y.to(out_at.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def finish(
+    sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, shares_ptr, arrived_ptr, n, N,
+    split, splits, tile, tiles, SYMMETRIC: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Sums int32 [tokens, rows n] of products of codes go to ``out_at`` where they are ``live``, with scale fp32 and
+    zero point int32 of each token. With SPLIT they are one of ``splits`` shares, int32 [splits, tiles, tokens, rows],
+    of tile ``tile``, which its last program adds up (shares.py). arrived int32 [tiles]."""
+    if SPLIT:
+        TOKENS: tl.constexpr = sums.shape[0]
+        ROWS: tl.constexpr = sums.shape[1]
+        share = tiles.to(tl.int64) * (TOKENS * ROWS)
+        at = shares_ptr + tile.to(tl.int64) * (TOKENS * ROWS)
+        at += tl.arange(0, TOKENS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        tl.store(at + split * share, sums)
+        if all_arrived(arrived_ptr + tile, splits):
+            total = added_up(at, share, arrived_ptr + tile, splits)
+            _write(total, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, n, N, SYMMETRIC, BIAS)
+    else:
+        _write(sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, n, N, SYMMETRIC, BIAS)

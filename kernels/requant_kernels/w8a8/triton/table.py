@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
+COUNTERS = 2048  # of a layer, one for each tile of a product whose columns are split (shares.py)
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Tile:
             raise ValueError(f"kernel {self.kernel!r} is not 'fused' or 'product'")
         if self.kernel == "fused" and (self.up_to is None or self.tokens < self.up_to):
             raise ValueError(f"kernel fused: {self.tokens} tokens do not hold up_to {self.up_to}")
+        if self.programs > 2 * COUNTERS:  # half as many tiles are the most whose columns are split
+            raise ValueError(f"programs {self.programs} are more than {2 * COUNTERS}")
 
     def splits(self, tokens: int, out_features: int, in_features: int) -> int:
         """Programs among which the columns are split; each gets at least one step."""

@@ -6,9 +6,7 @@ from typing import Any
 
 from requant_kernels.aot import Variant
 from requant_kernels.w8a8.triton.fused import fused_kernel
-from requant_kernels.w8a8.triton.launch import REDUCE_ROWS
 from requant_kernels.w8a8.triton.product import product_kernel
-from requant_kernels.w8a8.triton.reduce import reduce_kernel
 from requant_kernels.w8a8.triton.rounding import round_kernel
 from requant_kernels.w8a8.triton.table import Table, Tile, tables
 
@@ -26,7 +24,7 @@ def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, 
             return "*i8"
         if name in FLOATS:
             return "*fp32"
-        if name in ("x_ptr", "bias_ptr") or (name == "out_ptr" and not constants.get("PARTIAL")):
+        if name in ("x_ptr", "bias_ptr", "out_ptr"):
             return f"*{dtype}"
         return "*i32" if name.endswith("_ptr") else "i32"
 
@@ -41,8 +39,8 @@ def _expected(tile: Tile, target: str) -> str:
 def _tile(table: str, tile: Tile, dtype: str, dynamic: bool, symmetric: bool, split: bool, even: bool) -> Variant:  # noqa: PLR0917
     constants: dict[str, Any] = {
         "SYMMETRIC": symmetric,
-        "BIAS": not split,
-        "PARTIAL": split,
+        "BIAS": True,
+        "SPLIT": split,
         "EVEN": even,
         "TOKENS": tile.tokens,
         "ROWS": tile.rows,
@@ -69,11 +67,6 @@ def _passes(name: str, table: Table, dtype: str, dynamic: bool, symmetric: bool)
     signature = _signature(round_kernel, dtype, constants)
     label = f"{name} w8a8 round {dtype} {scheme}"
     yield Variant(label, round_kernel, signature, constants, ("K",), table.round_warps, 3, targets)
-    if dynamic:
-        constants = {"SYMMETRIC": symmetric, "BIAS": True, "ROWS": REDUCE_ROWS}
-        signature = _signature(reduce_kernel, dtype, constants)
-        label = f"{name} w8a8 reduce {dtype} {'symmetric' if symmetric else 'asymmetric'}"
-        yield Variant(label, reduce_kernel, signature, constants, ("N",), 4, 3, targets)
 
 
 def variants(everything: bool) -> Iterator[Variant]:
