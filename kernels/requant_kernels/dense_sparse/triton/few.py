@@ -28,7 +28,6 @@ from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
     add_products,
     deepest,
-    fetch_further,
     fetch_slots,
     gather_parts,
     locate_strips,
@@ -68,7 +67,11 @@ def few_kernel(
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
-    EARLY: tl.constexpr = TOKENS <= 8  # so does the first step of slots that comes after all blocks
+    # Where the steps that some strips alone have stand is to be looked up. Up to 8 tokens they go with the blocks, too,
+    # because x^T is waited for in any case. One token waits for nothing but the first words: the first of them is on
+    # its way while codes are decoded. With 16 tokens there are no registers for either.
+    ALL: tl.constexpr = TOKENS > 1 and TOKENS <= 8
+    EARLY: tl.constexpr = TOKENS == 1
     AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
@@ -96,16 +99,17 @@ def few_kernel(
     words = ()
     if AHEAD:
         words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
-    limit = tl.minimum(depth, hi * Q)
     if SLOTS:
-        slots = fetch_slots(slots_ptr, strip + t // KW, (lo + t % KW) * Q, depth, limit, Q)
+        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
+        near, far, steps = places
+        beside = blocks * Q if ALL else tl.minimum(depth, blocks * Q)  # steps that go with blocks
+        inside = (near, far if ALL else near, tl.minimum(steps if ALL else depth, hi * Q))
+        slots = fetch_slots(slots_ptr, inside, (lo + t % KW) * Q, depth, 1, Q)
         products = no_products(S * KW, TOKENS)
-        if EARLY:
+        if TOKENS <= 8:
             owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST and EARLY:
-        rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
-        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
-        left = fetch_further(slots_ptr, places, rest, depth, splits * KW, 1)
+        left = fetch_slots(slots_ptr, places, beside + split * KW + t % KW, depth, splits * KW, 1)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -122,8 +126,7 @@ def few_kernel(
             words_at += KW * BITS * 128
         if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
             now_slots = slots
-            steps = (block + KW + t % KW) * Q
-            slots = fetch_slots(slots_ptr, strip + t // KW, steps, depth, limit, Q)
+            slots = fetch_slots(slots_ptr, inside, (block + KW + t % KW) * Q, depth, 1, Q)
             gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, Q)
         now = scales
         if KIND != CODEBOOK:
@@ -152,20 +155,19 @@ def few_kernel(
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
             products = add_products(products, gathered, now_slots, TOKENS, Q, DT)
-    if SLOTS and not EARLY:
+    if SLOTS and TOKENS > 8:
+        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
-        more = deepest(further_ptr, strip, depth, S) - tl.minimum(depth, blocks * Q)
+        more = deepest(further_ptr, strip, depth, S) - beside
+        rest = beside + split * KW + t % KW
         if EARLY:
             gathered = gather_parts(xt_ptr, left, M, K, TOKENS, 1)
             products = add_products(products, gathered, left, TOKENS, 1, DT)
             rest += splits * KW
             more -= splits * KW
-        else:
-            rest = tl.minimum(depth, blocks * Q) + split * KW + t % KW
-            places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
-            few = fetch_further(slots_ptr, places, rest, depth, splits * KW, AFTER)
+            few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
             theirs = gather_parts(xt_ptr, few, M, K, TOKENS, AFTER)
             products = add_products(products, theirs, few, TOKENS, AFTER, DT)
             rest += splits * KW * AFTER

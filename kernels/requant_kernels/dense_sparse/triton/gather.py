@@ -14,16 +14,6 @@ from requant_kernels.dense_sparse.triton.table import IN_PLACE
 
 
 @triton.jit
-def fetch_slots(slots_ptr, strip, step, depth, limit, Q: tl.constexpr):
-    """Q steps of strips ``strip`` [L] from ``step`` [L] on, zero from ``limit`` on: a tuple of int32 [L, 32]."""
-    slots = ()
-    for q in tl.static_range(Q):
-        at = (strip * depth + step + q)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        slots = slots + (tl.load(slots_ptr + at, mask=(step + q < limit)[:, None], other=0),)  # noqa: RUF005
-    return slots
-
-
-@triton.jit
 def deepest(further_ptr, first_strip, depth, S: tl.constexpr):
     """The steps of the deepest of S strips from ``first_strip`` on."""
     most = 0
@@ -43,9 +33,9 @@ def locate_strips(further_ptr, strip, live, depth, strips):
 
 
 @triton.jit
-def fetch_further(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
-    """As ``fetch_slots``, but every ``stride``-th step, further ones too, to each strip's last. places:
-    ``locate_strips``."""
+def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
+    """Q steps of strips, every ``stride``-th from ``step`` [L] on, zero behind the last: a tuple of int32 [L, 32].
+    places: ``locate_strips``."""
     near, far, steps = places
     slots = ()
     for q in tl.static_range(Q):

@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, WHOLE, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
@@ -20,6 +20,7 @@ MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: decode.quads
 TRANSPOSE_COLUMNS = 64
+SIMPLE = 128  # columns under one step, at least
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
 OPTIONS = {False: {"PDL": False, **FP_FUSION}, True: {"PDL": True, "launch_pdl": True, **FP_FUSION}}
 EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and of 1024, in both halves of a word
@@ -83,6 +84,11 @@ class Call:
 def most_steps(tile: Tile) -> int:
     """How many steps of the slots may go with a block of columns: as many as there are registers for."""
     return 2 if tile.tokens <= 8 else 1
+
+
+def register_bound(tile: Tile, kind: int, group: int, bfloat16: bool) -> int | None:
+    """The tile's, for layers without zero points and with few steps a block, in bfloat16; others would spill."""
+    return tile.registers if bfloat16 and kind == SYMMETRIC and group >= SIMPLE else None
 
 
 @cache
@@ -163,6 +169,9 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     q = max(1, min(call.layer.steps, most_steps(tile)))
     rest = call.layer.steps > q or bool(call.layer.deepened)
     xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
+    layer = call.layer
+    if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
+        constants["maxnreg"] = bound
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
     arrays += [slots, owners, further, entries, segments, bounds]
     few_kernel[grid[1:]](call.x, xt, *arrays, *sizes, **constants, **options)

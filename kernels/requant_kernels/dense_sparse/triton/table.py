@@ -21,8 +21,9 @@ class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
 
     ``k_warps`` groups of warps share out the columns (kernel "few"; 1 with "middle"). Columns are split further until
-    about ``programs`` programs run. ``columns``: of a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook``
-    narrow the rule to some layers; None matches all.
+    about ``programs`` programs run. ``columns``: of a product (kernel "middle"; 128 or 256). ``registers``: the most
+    that a thread may have, so that as many programs fit a processor as are asked for, where a layer can do with them
+    (launch.py). ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
     """
 
     kernel: str
@@ -34,6 +35,7 @@ class Tile:
     programs: int
     k_warps: int = 1
     columns: int = 128
+    registers: int | None = None
     bits: tuple[int, ...] | None = None
     codebook: bool | None = None
 

@@ -9,7 +9,13 @@ import triton.language as tl
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, TRANSPOSE_COLUMNS, most_steps
+from requant_kernels.dense_sparse.triton.launch import (
+    QUADS,
+    REDUCE_COLUMNS,
+    TRANSPOSE_COLUMNS,
+    most_steps,
+    register_bound,
+)
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
     CODEBOOK,
@@ -88,7 +94,8 @@ def _variant(  # noqa: PLR0917
     name += " crowded" if crowded else " sparse" if sparse else " dense"
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
-    return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
+    bound = register_bound(tile, kind, group, dtype == "bf16") if tile else None
+    return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets, bound)
 
 
 def _layers() -> Iterator[tuple[int, int, int]]:
