@@ -25,8 +25,8 @@ def deepest(further_ptr, first_strip, depth, S: tl.constexpr):
 
 @triton.jit
 def locate_strips(further_ptr, strip, live, depth, strips):
-    """Of strips ``strip`` [L] where step 0 stands, where it would stand if all steps were further ones, and how many
-    steps there are: none unless ``live``."""
+    """Of strips ``strip``, [L] or one, where step 0 stands, where it would stand if all steps were further ones, and
+    how many steps there are: none unless ``live``."""
     further = tl.load(further_ptr + strip)
     steps = depth + tl.load(further_ptr + strip + 1) - further
     return strip * depth, (strips - 1) * depth + further, tl.where(live, steps, 0)

@@ -17,6 +17,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     tile,
 )
+from requant_kernels.dense_sparse.triton.gather import locate_strips
 
 
 @triton.jit
@@ -73,13 +74,11 @@ def decode_kernel(
         slot = tl.arange(0, 16 * 32)
         for strip in tl.static_range(S):
             owners_at = owners_ptr + (first + strip) * 32 + slot % 32
-            further = tl.load(further_ptr + first + strip)
-            far = (strips - 1) * depth + further
-            end = depth + tl.load(further_ptr + first + strip + 1) - further
-            for step in tl.range(0, end, 16, num_stages=1):
+            near, far, steps = locate_strips(further_ptr, first + strip, True, depth, strips)
+            for step in tl.range(0, steps, 16, num_stages=1):
                 now = step + slot // 32
-                at = (tl.where(now < depth, (first + strip) * depth, far) + now) * 32 + slot % 32
-                e = tl.load(slots_ptr + at, mask=now < end, other=0)
+                at = (tl.where(now < depth, near, far) + now) * 32 + slot % 32
+                e = tl.load(slots_ptr + at, mask=now < steps, other=0)
                 r = tl.program_id(0) * R + strip * 16 + tl.load(owners_at)
                 _add(w_ptr, r, e & 0xFFFF, e, rows, K, DT)
     if LISTS:

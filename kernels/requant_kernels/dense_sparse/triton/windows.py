@@ -47,7 +47,8 @@ def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     rows, columns, device = entries.rows, entries.columns, entries.rows.device
     every, count = len(slots.rows), IN_BLOCK * blocks
     inside = window_of(columns)
-    each = torch.bincount(rows * count + inside, minlength=every * count).view(every, count).to(torch.int32)
+    window = rows * count + inside
+    each = torch.bincount(window, minlength=every * count).view(every, count).to(torch.int32)
     before = each.cumsum(1, dtype=torch.int32) - each
     held = slots.rows >> 10
     guess = expected(torch.arange(count, dtype=torch.int32, device=device), held[:, None], blocks)
@@ -55,7 +56,6 @@ def build_windows(slots: Slots, entries: Entries, blocks: int) -> Windows:
     byte = torch.where(late < FAR, late + FAR, 2 * FAR - 1 - WIDTHS[-1])  # looks at what comes before the window
     byte = torch.where(late < -FAR, 2 * FAR - 1, byte)  # ... and behind it: it holds 64 at most
     starts = byte.view(every, blocks, IN_BLOCK).to(torch.uint8).view(torch.int32).view(every, blocks)
-    window = rows * count + inside
     found = (late >= -FAR) & (late < FAR)
     there = found[rows, inside] & (entries.at < held[rows])
     rank, in_quarter = entries.at - before[rows, inside], _rank(window * 4 + columns % BLOCK // QUARTER)
