@@ -1,0 +1,186 @@
+"""Memory of a launch: its tensors, and the shared memory of each program. Faults on what a GPU would not do, or not
+reliably: accesses out of bounds, misaligned, or unordered.
+
+Two accesses are unordered, and one of them a write, if nothing keeps a GPU from doing them the other way round: by two
+warps of a program with no barrier between, or by two programs, unless the later has acquired what the others released
+(an atomic operation). That does not depend on the order in which warps and programs are run here.
+"""
+
+import ctypes
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.emulator.lanes import UNSIGNED, Array
+
+BLOCK = 16  # bytes; aligned blocks of so many never cross a page
+WARPS = 256  # more than a program can have; the last stands for several
+Range = tuple[int, int]  # addresses [begin, end)
+
+
+class Fault(AssertionError):
+    """What a kernel must not do."""
+
+
+@dataclass
+class Program:
+    """One program of a launch. ``epoch``: barriers passed, by it and all programs before it."""
+
+    at: tuple[int, int, int]
+    number: int
+    epoch: int
+    acquired: bool = False
+
+
+@dataclass
+class Actor:
+    """A warp, as memory knows it. ``waited``: for the launch before, which runs at the same time until then."""
+
+    program: Program
+    index: int
+    waited: bool
+
+    @property
+    def id(self) -> int:
+        return self.program.number * WARPS + self.index
+
+
+class Tracker:
+    """Who has read and written each byte last, and when."""
+
+    def __init__(self, size: int):
+        self._written, self._writer, self._read, self._reader = (np.zeros(size, dtype=np.int64) for _ in range(4))
+
+    @staticmethod
+    def _unordered(epochs: Array, ids: Array, actor: Actor) -> Array:
+        others = (epochs > 0) & (ids != actor.id)
+        if not others.any():
+            return others
+        program = actor.program
+        together = np.where(ids // WARPS == program.number, epochs == program.epoch, not program.acquired)
+        return others & together
+
+    def read(self, at: Array, actor: Actor) -> None:
+        if self._unordered(self._written[at], self._writer[at], actor).any():
+            raise Fault("reads what another warp may write at the same time")
+        others = self._unordered(self._read[at], self._reader[at], actor)
+        self._reader[at] = np.where(others, actor.program.number * WARPS + WARPS - 1, actor.id)
+        self._read[at] = actor.program.epoch
+
+    def write(self, at: Array, actor: Actor, same: Array | bool) -> None:
+        """``same``: where the value is the one that is there, so that two may write it."""
+        if self._unordered(self._read[at], self._reader[at], actor).any():
+            raise Fault("overwrites what another warp may read at the same time")
+        if (self._unordered(self._written[at], self._writer[at], actor) & ~np.asarray(same)).any():
+            raise Fault("overwrites what another warp may write at the same time")
+        self._writer[at] = actor.id
+        self._written[at] = actor.program.epoch
+
+
+class Memory:
+    """Bytes that items of 1, 2, 4 and 8 of them are read from and written to."""
+
+    def __init__(self, everything: Array):
+        self._by_size = {size: everything.view(kind) for size, kind in UNSIGNED.items()}
+        self._tracker = Tracker(len(everything))
+
+    def items(self, offsets: Array, size: int, count: int) -> Array:
+        """Indices [lanes, count] of ``count`` items of ``size`` bytes from each offset on."""
+        if (offsets % (size * count)).any():
+            raise Fault(f"misaligned access of {size * count} bytes")
+        return offsets[:, None] // size + np.arange(count)
+
+    def peek(self, items: Array, size: int) -> Array:
+        return self._by_size[size][items]
+
+    def read(self, items: Array, size: int, actor: Actor) -> Array:
+        self._tracker.read(self._bytes(items, size), actor)
+        return self.peek(items, size)
+
+    def write(self, items: Array, size: int, values: Array, actor: Actor) -> None:
+        same = self.peek(items, size) == values
+        self._tracker.write(self._bytes(items, size), actor, same[..., None])
+        self._by_size[size][items] = values
+
+    def announce(self, items: Array, size: int, actor: Actor) -> None:
+        """A write that is on its way from now on."""
+        self._tracker.write(self._bytes(items, size), actor, same=False)
+
+    def add(self, item: int, value: int, actor: Actor) -> int:
+        """Atomically, to 4 bytes; what was there before. Orders the program behind those that have done so."""
+        actor.program.acquired = True
+        before = int(self._by_size[4][item])
+        self._by_size[4][item] = (before + value) % 2**32
+        return before
+
+    @staticmethod
+    def _bytes(items: Array, size: int) -> Array:
+        return items[..., None] * size + np.arange(size)
+
+
+class Shared(Memory):
+    """Of one program; begins as NaN."""
+
+    def __init__(self, size: int):
+        self._size = -(-size // BLOCK) * BLOCK
+        super().__init__(np.full(self._size, 0xFF, dtype=np.uint8))
+
+    def locate(self, addresses: Array, size: int, count: int) -> Array:
+        """``items`` of addresses."""
+        offsets = addresses.astype(np.int64)
+        if len(offsets) and offsets.max() + size * count > self._size:
+            raise Fault(f"shared memory ends at {self._size}, access at {offsets.max()}")
+        return self.items(offsets, size, count)
+
+
+class Tensor(Memory):
+    """Bytes [begin, end) of the host, in aligned blocks. ``fresh``: an earlier launch has written to them."""
+
+    def __init__(self, begin: int, end: int, fresh: bool):
+        self.begin, self.end, self.fresh, self.written = begin, end, fresh, False
+        self.base = begin - begin % BLOCK
+        size = -(-(end - self.base) // BLOCK) * BLOCK
+        super().__init__(np.frombuffer((ctypes.c_uint8 * size).from_address(self.base), dtype=np.uint8))
+
+    def read(self, items: Array, size: int, actor: Actor) -> Array:
+        if self.fresh and not actor.waited:
+            raise Fault("reads what an earlier launch writes, before it has waited for it")
+        return super().read(items, size, actor)
+
+    def write(self, items: Array, size: int, values: Array, actor: Actor) -> None:
+        if not actor.waited:
+            raise Fault("writes before it has waited for the launch before, which may read")
+        self.written = True
+        super().write(items, size, values, actor)
+
+
+class Global:
+    """Everything that a launch was given; other addresses fault. ``written``: by launches before."""
+
+    def __init__(self, ranges: Sequence[Range], written: Sequence[Range]):
+        merged: list[Range] = []
+        for begin, end in sorted(ranges):
+            if merged and begin < merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+            elif end > begin:
+                merged.append((begin, end))
+        self._tensors = [
+            Tensor(begin, end, any(begin < last and first < end for first, last in written)) for begin, end in merged
+        ]
+        self._begins = [tensor.begin for tensor in self._tensors]
+
+    @property
+    def written(self) -> list[Range]:
+        return [(tensor.begin, tensor.end) for tensor in self._tensors if tensor.written]
+
+    def locate(self, addresses: Array, size: int, count: int) -> tuple[Tensor, Array]:
+        """The tensor that has them all, and ``items`` of it."""
+        addresses = addresses.astype(np.int64)
+        lowest, beyond = int(addresses.min()), int(addresses.max()) + size * count
+        index = bisect_right(self._begins, lowest) - 1
+        if index < 0 or beyond > self._tensors[index].end:
+            raise Fault(f"global memory from {lowest:#x} to {beyond:#x} is in no tensor of this launch")
+        tensor = self._tensors[index]
+        return tensor, tensor.items(addresses - tensor.base, size, count)

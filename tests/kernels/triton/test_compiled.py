@@ -1,0 +1,85 @@
+"""What the compiler makes of the shipped tiles, emulated (tests/emulator): numbers, races, accesses out of bounds.
+
+The interpreter runs a kernel's source, one program as a whole. Only here do warps, barriers, layouts, copies under way
+and launches that overlap take part, and what Triton does wrong.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
+
+from tests.emulator.driver import emulated
+from tests.kernels.triton.cases import FEW, Case, check, run
+from tests.kernels.triton.conftest import poison_new_tensors
+
+CAPABILITIES = {"h200": 90, "a100": 80}
+
+
+@dataclass(frozen=True)
+class Shipped(Case):
+    """With the table of ``gpu``, whose tile the tokens choose."""
+
+    gpu: str = "h200"
+
+    @property
+    def table(self) -> Table:
+        return tables()[self.gpu]
+
+
+ROWS, COLUMNS = 150, 640  # tails of tiles and of blocks
+GRID = {
+    **{f"{gpu}, {tokens} tokens": Shipped(tokens, ROWS, COLUMNS, 4, 128, gpu=gpu, sparse=0.01)
+       for gpu in CAPABILITIES for tokens in (1, 3, 16, 30, 60)},
+    "h200, 100 tokens": Shipped(100, ROWS, COLUMNS, 4, 128),
+    "h200, decoded": Shipped(1030, 40, 384, 4, 128, sparse=0.01),
+    "a100, decoded": Shipped(300, 40, 300, 3, gpu="a100"),
+    "one token, W2 g32 asymmetric, 5 %": Shipped(1, ROWS, COLUMNS, 2, 32, symmetric=False, sparse=0.05),
+    "one token, W3, uneven rows, float16": Shipped(1, ROWS, COLUMNS, 3, 64, sparse="uneven", dtype=torch.float16),
+    "one token, crowded strip": Shipped(1, 48, 600, 4, sparse="strip"),
+    "one token, codebook": Shipped(1, 40, 512, 3, codebook=True),
+    "8 tokens, W8 asymmetric": Shipped(8, ROWS, COLUMNS, 8, 32, symmetric=False),
+    "8 tokens, uneven rows": Shipped(8, ROWS, COLUMNS, 4, 128, sparse="uneven"),
+    "16 tokens, W3 asymmetric, uneven rows": Shipped(16, ROWS, COLUMNS, 3, 64, symmetric=False, sparse="uneven"),
+    "16 tokens, dense only": Shipped(16, ROWS, COLUMNS, 4, 128, sparse="none"),
+    "60 tokens, W2 asymmetric, uneven rows": Shipped(60, ROWS, COLUMNS, 2, 32, symmetric=False, sparse="uneven"),
+    "60 tokens, W8": Shipped(60, ROWS, 320, 8, 64),
+    "60 tokens, row full": Shipped(60, ROWS, COLUMNS, 3, sparse="row", dtype=torch.float16),
+    "60 tokens, codebook": Shipped(60, 40, 512, 4, codebook=True),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty)
+    poison_new_tensors()
+
+
+@pytest.mark.parametrize("case", GRID.values(), ids=GRID.keys())
+def test_compiled(case):
+    with emulated(CAPABILITIES[case.gpu]):
+        check(case)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 60])
+def test_the_order_of_programs_and_warps_does_not_matter(tokens):
+    """Columns are split among programs here, whichever of them is last: the same bits."""
+    case = Shipped(tokens, 40, 1024, 4, 128)
+    results = []
+    for order in range(3):
+        with emulated(90, order):
+            results.append(run(case)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_it_sees_what_went_wrong_on_an_h200(monkeypatch):
+    """Batches of a product beyond the number of warps are lost, with one token: so table.py refuses such a tile. When
+    Triton computes the sums, this fails, and the refusal can go."""
+    tile = replace(FEW, tokens=1, up_to=1, strips=2, k_warps=2)
+    monkeypatch.setattr(Tile, "__post_init__", lambda self: None)
+    with emulated(90), pytest.raises(AssertionError, match="off by"):
+        check(Case(1, 128, 1024, 4, 128, tile=replace(tile, k_warps=4)))
+    with emulated(90):
+        check(Case(1, 128, 1024, 4, 128, tile=tile))
