@@ -41,6 +41,8 @@ class Launcher:
 
     def __call__(self, *arguments: Any) -> None:
         gpu = driver.active
+        if not gpu.runs:
+            return
         values = [v for v, taken in zip(arguments[-len(self._taken) :], self._taken, strict=True) if taken]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         assert all(tensor.is_contiguous() for tensor in tensors)
@@ -54,14 +56,14 @@ class Launcher:
 
 
 class Emulated(DriverBase):
-    """One GPU of the given compute capability (80, 90). ``order``: ``Launch.order`` of all launches; ``written``: by
-    launches so far."""
+    """One GPU of the given compute capability (80, 90). ``order``: ``Launch.order`` of all launches; ``runs``: they are
+    not only compiled; ``written``: by launches so far."""
 
     launcher_cls = Launcher
 
-    def __init__(self, capability: int, order: int):
+    def __init__(self, capability: int, order: int, runs: bool):
         super().__init__()
-        self.order = order
+        self.order, self.runs = order, runs
         self.written: list[Range] = []
         self._capability = capability
         self.utils = SimpleNamespace(
@@ -94,9 +96,9 @@ class Emulated(DriverBase):
 
 
 @contextmanager
-def emulated(capability: int, order: int = 0) -> Iterator[None]:
+def emulated(capability: int, order: int = 0, runs: bool = True) -> Iterator[None]:
     before = driver._active  # reading driver.active would look for a GPU
-    driver.set_active(Emulated(capability, order))
+    driver.set_active(Emulated(capability, order, runs))
     try:
         yield
     finally:
