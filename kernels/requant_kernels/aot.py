@@ -58,13 +58,15 @@ class Variant:
 @dataclass(frozen=True)
 class Report:
     """What became of a variant on a target: ``shared`` in bytes, ``spill`` counts spilling instructions (NVIDIA) or
-    registers (AMD), ``loop`` the instructions of the longest loop (NVIDIA), ``failure`` is empty where all is well."""
+    registers (AMD), ``loop`` the instructions of the longest loop and ``barriers`` those among them at which warps wait
+    for each other (NVIDIA), ``failure`` is empty where all is well."""
 
     name: str
     target: str
     registers: int = 0
     spill: int = 0
     loop: int = 0
+    barriers: int = 0
     shared: int = 0
     matrix: str = ""
     seconds: float = 0.0
@@ -136,14 +138,24 @@ def compile_variant(variant: Variant, target: str) -> Report:
         failure = f"needs {shared} bytes of shared memory, {SHARED_MEMORY[target]} are there"
     elif wanted and found != wanted:
         failure = f"uses {found or 'no matrix instruction'} instead of {wanted}"
-    loop = longest_loop(code) if target in NVIDIA else 0
-    return Report(variant.name, target, registers, spill, loop, shared, found, time.monotonic() - begun, failure)
+    loop = longest_loop(code) if target in NVIDIA else []
+    barriers = sum(operation.startswith("BAR.SYNC") for operation in loop)
+    seconds = time.monotonic() - begun
+    return Report(variant.name, target, registers, spill, len(loop), barriers, shared, found, seconds, failure)
 
 
-def longest_loop(code: str) -> int:
-    """Instructions between the target of a backward branch and the branch, in the disassembly of cuobjdump."""
-    branches = re.findall(r"/\*([0-9a-f]{4,})\*/[^;]*\bBRA\b[^;]*?0x([0-9a-f]+)", code)
-    return max((int(at, 16) - int(to, 16) for at, to in branches), default=0) // 16 + 1
+def longest_loop(code: str) -> list[str]:
+    """Operations between the target of a backward branch and the branch, in the disassembly of cuobjdump."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    at = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
+    longest = (0, 0)
+    for end, (_, operation, operands) in enumerate(found, 1):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if operation == "BRA" and target:
+            begin = at.get(int(target[1], 16), end)  # what lies ahead is no loop
+            longest = max(longest, (end - begin, begin))
+    length, begin = longest
+    return [operation for _, operation, _ in found[begin : begin + length]]
 
 
 @cache
@@ -173,14 +185,16 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     jobs = list(_jobs(arguments.all, arguments.only, tuple(arguments.target or NVIDIA + AMD)))
-    print(f"{'target':>7} {'regs':>5} {'spill':>5} {'loop':>5} {'shared':>7} {'matrix':>8} {'s':>5}  variant")
+    print(
+        f"{'target':>7} {'regs':>5} {'spill':>5} {'loop':>5} {'bars':>4} {'shared':>7} {'matrix':>8} {'s':>5}  variant"
+    )
     reports = []
     with get_context("spawn").Pool(arguments.jobs) as pool:
         for report in pool.imap(_job, jobs):
             reports.append(report)
             print(
-                f"{report.target:>7} {report.registers:>5} {report.spill:>5} {report.loop:>5} {report.shared:>7} "
-                f"{report.matrix or '-':>8} {report.seconds:>5.1f}  {report.name}"
+                f"{report.target:>7} {report.registers:>5} {report.spill:>5} {report.loop:>5} {report.barriers:>4} "
+                f"{report.shared:>7} {report.matrix or '-':>8} {report.seconds:>5.1f}  {report.name}"
                 + (f"   FAILED: {report.failure}" if report.failure else ""),
                 flush=True,
             )

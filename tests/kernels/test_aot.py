@@ -26,6 +26,8 @@ def test_a_kernel_passes_and_is_reported(tmp_path):
     [row] = json.loads(report.read_text())
     assert (row["name"], row["target"], row["matrix"], row["spill"], row["failure"]) == (NAME, "90", "mma", 0, "")
     assert 0 < row["registers"] < 256
+    assert row["barriers"] == 2  # words of x have come; they are not needed any more
+    assert row["loop"] > 200
 
 
 def test_a_missing_matrix_instruction_fails():
@@ -43,6 +45,21 @@ def test_what_does_not_compile_fails_with_the_compilers_words():
     constants = chosen().constants | {"GROUP": 24}
     report = aot.compile_variant(replace(chosen(), constants=constants), "90")
     assert report.failure.startswith("does not compile: ")
+
+
+def test_the_longest_loop_is_the_one_that_is_reported():
+    code = """
+        /*0000*/                   MOV R1, R2 ;
+        /*0010*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0020*/              @P0  BRA 0x10 ;
+        /*0030*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/             @!P1  BRA 0x30 ;
+        /*0060*/                   BRA 0x80 ;
+        /*0070*/                   BRA 0x70;
+        /*0080*/                   EXIT ;
+    """
+    assert aot.longest_loop(code) == ["IADD3", "BAR.SYNC.DEFER_BLOCKING", "BRA"]
 
 
 def test_names_are_unique():

@@ -79,6 +79,7 @@ def few_kernel(
     splits = tl.num_programs(1)
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)
+    group = tl.arange(0, S * KW * 32) // 32  # of each lane of slots, its ``t``
     m = tl.arange(0, TOKENS)
     n = first * 16 + tl.arange(0, 16 * S)
 
@@ -100,16 +101,16 @@ def few_kernel(
     if AHEAD:
         words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
     if SLOTS:
-        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
+        places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
         near, far, steps = places
         beside = blocks * Q if ALL else tl.minimum(depth, blocks * Q)  # steps that go with blocks
         inside = (near, far if ALL else near, tl.minimum(steps if ALL else depth, hi * Q))
-        slots = fetch_slots(slots_ptr, inside, (lo + t % KW) * Q, depth, 1, Q)
+        slots = fetch_slots(slots_ptr, inside, (lo + group % KW) * Q, depth, 1, Q)
         products = no_products(S * KW, TOKENS)
         if TOKENS <= 8:
             owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST and EARLY:
-        left = fetch_slots(slots_ptr, places, beside + split * KW + t % KW, depth, splits * KW, 1)
+        left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, 1)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
     if PDL:
@@ -126,7 +127,7 @@ def few_kernel(
             words_at += KW * BITS * 128
         if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
             now_slots = slots
-            slots = fetch_slots(slots_ptr, inside, (block + KW + t % KW) * Q, depth, 1, Q)
+            slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
             gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, Q)
         now = scales
         if KIND != CODEBOOK:
@@ -145,7 +146,8 @@ def few_kernel(
             else:
                 step = tl.reshape(group_scale(now, part * SPAN // GROUP, KIND, DT), (BATCH, ROWS, 1))
                 if UNCENTRED:
-                    total = tl.dot(tl.full((BATCH, ROWS, SPAN), 1.0, DT), x)
+                    ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers
+                    total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
                     zero = midpoint(now, part * SPAN // GROUP, BITS, KIND, DT)
                     if KIND == ASYMMETRIC:
                         zero = tl.reshape(zero, (BATCH, ROWS, 1)).to(tl.float32)
@@ -156,11 +158,11 @@ def few_kernel(
         if SLOTS:
             products = add_products(products, gathered, now_slots, TOKENS, Q, DT)
     if SLOTS and TOKENS > 8:
-        places = locate_strips(further_ptr, strip + t // KW, first < strips, depth, strips)
+        places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
         more = deepest(further_ptr, strip, depth, S) - beside
-        rest = beside + split * KW + t % KW
+        rest = beside + split * KW + group % KW
         if EARLY:
             gathered = gather_parts(xt_ptr, left, M, K, TOKENS, 1)
             products = add_products(products, gathered, left, TOKENS, 1, DT)

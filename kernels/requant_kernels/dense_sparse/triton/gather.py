@@ -25,8 +25,8 @@ def deepest(further_ptr, first_strip, depth, S: tl.constexpr):
 
 @triton.jit
 def locate_strips(further_ptr, strip, live, depth, strips):
-    """Of strips ``strip``, [L] or one, where step 0 stands, where it would stand if all steps were further ones, and
-    how many steps there are: none unless ``live``."""
+    """Of strips ``strip``, a tensor or one, where step 0 stands, where it would stand if all steps were further ones,
+    and how many steps there are: none unless ``live``."""
     further = tl.load(further_ptr + strip)
     steps = depth + tl.load(further_ptr + strip + 1) - further
     return strip * depth, (strips - 1) * depth + further, tl.where(live, steps, 0)
@@ -34,14 +34,19 @@ def locate_strips(further_ptr, strip, live, depth, strips):
 
 @triton.jit
 def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
-    """Q steps of strips, every ``stride``-th from ``step`` [L] on, zero behind the last: a tuple of int32 [L, 32].
-    places: ``locate_strips``."""
+    """Q steps of L strips, every ``stride``-th from ``step`` on, zero behind the last: a tuple of int32 [32 L], the
+    lanes of one strip after those of the other. step, and ``places`` as ``locate_strips`` gives them, of each lane.
+
+    Lanes are one dimension, because Triton 3.6 would hand out the two of [L, 32] in another order when x is gathered,
+    and exchange slots through shared memory.
+    """
     near, far, steps = places
+    lane = tl.arange(0, step.shape[0]) % 32
     slots = ()
     for q in tl.static_range(Q):
         now = step + q * stride
-        at = (tl.where(now < depth, near, far) + now)[:, None] * 32 + tl.arange(0, 32)[None, :]
-        slots = slots + (tl.load(slots_ptr + at, mask=(now < steps)[:, None], other=0),)  # noqa: RUF005
+        at = (tl.where(now < depth, near, far) + now) * 32 + lane
+        slots = slots + (tl.load(slots_ptr + at, mask=now < steps, other=0),)  # noqa: RUF005
     return slots
 
 
@@ -71,16 +76,16 @@ def parts_of(tokens):
 
 @triton.jit
 def no_products(L: tl.constexpr, TOKENS: tl.constexpr):
-    """What ``add_products`` adds to: a tuple of fp32 zeros [L, 32, TOKENS // parts]."""
+    """What ``add_products`` adds to: a tuple of fp32 zeros [32 L, TOKENS // parts]."""
     products = ()
     for _ in tl.static_range(parts_of(TOKENS)):
-        products = products + (tl.zeros((L, 32, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
+        products = products + (tl.zeros((32 * L, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
     return products
 
 
 @triton.jit
 def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
-    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [L, 32, TOKENS // parts], all parts of
+    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L, TOKENS // parts], all parts of
     one step after all of the step before."""
     gathered = ()
     for q in tl.static_range(Q):
@@ -95,7 +100,7 @@ def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
 def add_products(products, gathered, slots, TOKENS: tl.constexpr, Q: tl.constexpr, DT: tl.constexpr):
     """``products`` plus the gathered x times the values of ``slots``."""
     for q in tl.static_range(Q):
-        values = half_bits(slots[q], 1, DT).to(tl.float32)[:, :, None]
+        values = half_bits(slots[q], 1, DT).to(tl.float32)[:, None]
         added = ()
         for part in tl.static_range(parts_of(TOKENS)):
             x = gathered[q * parts_of(TOKENS) + part].to(tl.float32)
@@ -110,7 +115,11 @@ def add_lanes(sums, products, owners, TOKENS: tl.constexpr):
 
     On the tensor cores, in two parts that tf32 holds: 10 bits, and 10 more.
     """
-    lanes = side_by_side(products, 0, parts_of(TOKENS))
+    parts = ()
+    for part in tl.static_range(parts_of(TOKENS)):
+        there = tl.reshape(products[part], (owners.shape[0], 32, TOKENS // parts_of(TOKENS)))
+        parts = parts + (there,)  # noqa: RUF005
+    lanes = side_by_side(parts, 0, parts_of(TOKENS))
     hit = tl.where(owners[:, None, :] == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     sums = tl.dot(hit, lanes - high, sums, input_precision="tf32")
