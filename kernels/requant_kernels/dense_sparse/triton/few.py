@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
     CODEBOOK,
+    SYMMETRIC,
     centred,
     group_scale,
     load_levels,
@@ -21,6 +22,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     midpoint,
     quads,
+    side_by_side,
     tile,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
@@ -60,7 +62,13 @@ def few_kernel(
     if PDL:
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    SPAN: tl.constexpr = min(GROUP, 128)
+    SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step
+    # Steps go after a product. They go before it where products of so few columns would have less of x than 4 bytes a
+    # thread, which is not copied ahead; and with 16 tokens where that saves the registers of a program.
+    SAVES: tl.constexpr = TOKENS > 8 and KIND == SYMMETRIC and (GROUP < 128 or (QUADS and GROUP == 128))
+    FOLDED: tl.constexpr = GROUP < 64 or SAVES
+    WIDE: tl.constexpr = 64 if BITS == 8 else 128  # more of 8 bits would not fit the registers
+    COLUMNS: tl.constexpr = WIDE if FOLDED else SPAN  # of a product
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     # A product of each group of warps, or of each strip where they are one group: Triton 3.6 spreads the warps of a
     # batched product over the batch alone, and would have all of them compute all rows of a batch of one.
@@ -133,27 +141,34 @@ def few_kernel(
         if KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
             scales = load_rows(scales_at + ahead[:, None], width, WORDS)
-        for part in tl.static_range(256 // SPAN):
-            k = (block + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
+        for start in tl.static_range(0, 256, COLUMNS):
+            k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, COLUMNS)[None, None, :]
             x = tl.load(x_ptr + m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < last), other=0.0)
             x = tl.permute(x, (0, 2, 1))
-            if QUADS:
-                x = quads(x, KW, SPAN, TOKENS)
-            x = tl.broadcast_to(x, (BATCH, SPAN, TOKENS))
-            w = tile(now_words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
-            if KIND == CODEBOOK:
-                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x, acc)
+            if QUADS and SPAN > 16:
+                x = quads(x, KW, COLUMNS, TOKENS)
+            x = tl.broadcast_to(x, (BATCH, COLUMNS, TOKENS))
+            parts = ()
+            for part in tl.static_range(start // SPAN, (start + COLUMNS) // SPAN):
+                w = tile(now_words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
+                if FOLDED:
+                    w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
+                    w = w * group_scale(now, part * SPAN // GROUP, KIND, DT)[:, :, None]
+                parts = parts + (w,)  # noqa: RUF005
+            w = side_by_side(parts, 0, COLUMNS // SPAN)
+            if KIND == CODEBOOK or FOLDED:
+                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
             else:
-                step = tl.reshape(group_scale(now, part * SPAN // GROUP, KIND, DT), (BATCH, ROWS, 1))
+                step = tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
                 if UNCENTRED:
                     ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers
                     total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
-                    zero = midpoint(now, part * SPAN // GROUP, BITS, KIND, DT)
+                    zero = midpoint(now, start // GROUP, BITS, KIND, DT)
                     if KIND == ASYMMETRIC:
                         zero = tl.reshape(zero, (BATCH, ROWS, 1)).to(tl.float32)
                     acc += (tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) - zero * total) * step.to(tl.float32)
                 else:
-                    w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
+                    w = centred(w, now, start // GROUP, BITS, KIND, DT)
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
             products = add_products(products, gathered, now_slots, TOKENS, Q, DT)

@@ -120,7 +120,8 @@ def add_lanes(sums, products, owners, TOKENS: tl.constexpr):
         there = tl.reshape(products[part], (owners.shape[0], 32, TOKENS // parts_of(TOKENS)))
         parts = parts + (there,)  # noqa: RUF005
     lanes = side_by_side(parts, 0, parts_of(TOKENS))
-    hit = tl.where(owners[:, None, :] == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
+    owners = tl.reshape(owners, (owners.shape[0], 1, 32))
+    hit = tl.where(owners == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     sums = tl.dot(hit, lanes - high, sums, input_precision="tf32")
     return tl.dot(hit, high, sums, input_precision="tf32")

@@ -1,6 +1,6 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0917
+# ruff: noqa: PLR0912, PLR0917
 """Many tokens: weights are decoded once, dense and sparse, for the matrix product of the vendor's library."""
 
 import triton
@@ -15,6 +15,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_levels,
     load_rows,
     load_words,
+    side_by_side,
     tile,
 )
 from requant_kernels.dense_sparse.triton.gather import locate_strips
@@ -43,6 +44,7 @@ def decode_kernel(
     DT: tl.constexpr = w_ptr.dtype.element_ty
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
+    COLUMNS: tl.constexpr = 128  # stored at a time
     R: tl.constexpr = 16 * S
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)
@@ -60,14 +62,17 @@ def decode_kernel(
         if KIND != CODEBOOK:
             block = tl.minimum(start + kw, blocks - 1)
             scales = load_rows(scales_at + (block * scale_step)[:, None], width, WORDS)
-        for part in tl.static_range(256 // SPAN):
-            w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, False)
-            if KIND != CODEBOOK:
-                w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
-                w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-            k = (start + kw)[:, None, None] * 256 + part * SPAN + tl.arange(0, SPAN)[None, None, :]
+        for at in tl.static_range(0, 256, COLUMNS):
+            parts = ()
+            for part in tl.static_range(at // SPAN, (at + COLUMNS) // SPAN):
+                w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, False)
+                if KIND != CODEBOOK:
+                    w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
+                    w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
+                parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
+            k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
-            tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
+            tl.store(to, side_by_side(parts, 0, COLUMNS // SPAN), mask=(row < rows)[None, :, None] & (k < K))
     if SLOTS or LISTS:
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
     if SLOTS:
