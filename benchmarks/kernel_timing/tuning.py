@@ -38,8 +38,9 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
         for (k_warps, stages), waves in product(((4, 3), (4, 2), (2, 3), (4, 4)), (2, 4, 8)):
             yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
     elif up_to <= 32:
-        sizes = ((8, 1, 8), (4, 1, 4), (2, 4, 4), (1, 4, 4), (2, 2, 2))  # strips, k_warps, warps
-        for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 4)):
+        # strips, k_warps, warps: a warp for each strip and k_warp, since fewer exchange slots and x in every iteration
+        sizes = ((8, 1, 8), (4, 1, 4), (2, 1, 2), (1, 4, 4))
+        for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 3, 4)):
             yield Tile("few", up_to, tokens, strips, warps, 3, waves * processors, k_warps)
     if up_to >= 16:
         widths = {min(up_to, tokens) for tokens in (32, 64, 128) if 4 * tokens >= up_to or tokens == 128}

@@ -151,7 +151,7 @@ def longest_loop(code: str) -> list[str]:
     longest = (0, 0)
     for end, (_, operation, operands) in enumerate(found, 1):
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if operation == "BRA" and target:
+        if operation.startswith("BRA") and target:
             begin = at.get(int(target[1], 16), end)  # what lies ahead is no loop
             longest = max(longest, (end - begin, begin))
     length, begin = longest

@@ -70,8 +70,9 @@ def gather(x_ptr, entries, columns, m, M, K, TOKENS: tl.constexpr):
 
 @triton.constexpr_function
 def parts_of(tokens):
-    """In how many parts the tokens are gathered: 8 of them, 16 bytes, are what one thread copies at once."""
-    return max(1, tokens // 8)
+    """In how many parts the tokens are gathered, so that a thread has all of a part: 8 of them, 16 bytes, transposed,
+    one as they stand."""
+    return tokens // 8 if tokens > IN_PLACE else tokens
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
     gathered = ()
     for q in tl.static_range(Q):
         for part in tl.static_range(parts_of(TOKENS)):
-            m = part * 8 + tl.arange(0, TOKENS // parts_of(TOKENS))
+            m = part * (TOKENS // parts_of(TOKENS)) + tl.arange(0, TOKENS // parts_of(TOKENS))
             x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS)
             gathered = gathered + (x,)  # noqa: RUF005
     return gathered
