@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from requant_kernels import reference
+from requant_kernels.dense_sparse.interface import LayerConfig
+from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
 
 from tests.emulator.driver import emulated
-from tests.kernels.triton.cases import FEW, Case, check, run
+from tests.kernels.triton.cases import FEW, Case, check, run, weight_of
 from tests.kernels.triton.conftest import poison_new_tensors
 
 CAPABILITIES = {"h200": 90, "a100": 80}
@@ -72,6 +75,22 @@ def test_the_order_of_programs_and_warps_does_not_matter(tokens):
             results.append(run(case)[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 60])
+def test_a_layer_waits_for_the_one_before(tokens):
+    """Launches overlap on an H200: what a layer reads before it waits must not be what the one before it writes."""
+    case = Shipped(tokens, 256, 256, 4, 128, sparse=0.02, bias=False)
+    weight, implementation = weight_of(case), Triton(case.table)
+    prepared = implementation.prepare(weight, LayerConfig.of(weight, case.dtype, torch.device("cpu")))
+    x = torch.randn(tokens, 256).to(case.dtype)
+    dense = reference.dequantize(weight).to(case.dtype)
+    with emulated(90):
+        y, z = x, x
+        for _ in range(2):
+            y = implementation.apply(y, list(prepared.tensors.values()), None, 256, list(prepared.meta))
+            z = z @ dense.T
+    assert (y - z).double().norm() <= 0.01 * z.double().norm()
 
 
 def test_it_sees_what_went_wrong_on_an_h200(monkeypatch):
