@@ -96,9 +96,9 @@ class Code:
         places = list(product(*map(range, launch.grid)))
         random = Random(launch.order)
         random.shuffle(places)
-        epoch = 1
+        epoch, released = 1, np.zeros(len(places), dtype=np.int64)
         for number, place in enumerate(places):
-            program = Program(place, number, epoch)
+            program = Program(place, number, epoch, released)
             shared = Shared(launch.shared)
             here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
             running = [

@@ -3,7 +3,7 @@ reliably: accesses out of bounds, misaligned, or unordered.
 
 Two accesses are unordered, and one of them a write, if nothing keeps a GPU from doing them the other way round: by two
 warps of a program with no barrier between, or by two programs, unless the later has acquired what the others released
-(an atomic operation). That does not depend on the order in which warps and programs are run here.
+(an atomic operation behind a barrier). That does not depend on the order in which warps and programs are run here.
 """
 
 import ctypes
@@ -26,11 +26,13 @@ class Fault(AssertionError):
 
 @dataclass
 class Program:
-    """One program of a launch. ``epoch``: barriers passed, by it and all programs before it."""
+    """One program of a launch. ``epoch``: barriers passed, by it and all programs before it. ``released`` int64, shared
+    by all programs: the epoch in which each has told the others what it had done before."""
 
     at: tuple[int, int, int]
     number: int
     epoch: int
+    released: Array
     acquired: bool = False
 
 
@@ -58,9 +60,9 @@ class Tracker:
         others = (epochs > 0) & (ids != actor.id)
         if not others.any():
             return others
-        program = actor.program
-        together = np.where(ids // WARPS == program.number, epochs == program.epoch, not program.acquired)
-        return others & together
+        program, owner = actor.program, ids // WARPS
+        told = program.acquired & (epochs < program.released[owner])
+        return others & np.where(owner == program.number, epochs == program.epoch, ~told)
 
     def read(self, at: Array, actor: Actor) -> None:
         if self._unordered(self._written[at], self._writer[at], actor).any():
@@ -109,8 +111,11 @@ class Memory:
         self._tracker.write(self._bytes(items, size), actor, same=False)
 
     def add(self, item: int, value: int, actor: Actor) -> int:
-        """Atomically, to 4 bytes; what was there before. Orders the program behind those that have done so."""
-        actor.program.acquired = True
+        """Atomically, to 4 bytes; what was there before. What the program did up to its last barrier comes before what
+        other programs do after their next addition."""
+        program = actor.program
+        program.acquired = True
+        program.released[program.number] = program.epoch
         before = int(self._by_size[4][item])
         self._by_size[4][item] = (before + value) % 2**32
         return before

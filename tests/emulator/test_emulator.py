@@ -137,11 +137,52 @@ EXCHANGE = dedent("""
 """)
 
 
-def exchange(text: str) -> torch.Tensor:
-    out = torch.full((64,), -1, dtype=torch.int32)
-    launch = Launch([out.data_ptr()], (1, 1, 1), warps=2, shared=256, pdl=False, order=0)
-    Code(parse(text)).run(launch, Global([(out.data_ptr(), out.data_ptr() + 256)], []))
+HAND_OVER = dedent("""
+    .visible .entry hand_over(
+        .param .u64 .ptr .global hand_over_param_0
+    )
+    {
+        .reg .pred %p<9>;
+        .reg .b32 %r<9>;
+        .reg .b64 %rd<9>;
+        ld.param.b64 %rd1, [hand_over_param_0];
+        mov.u32 %r1, %tid.x;
+        mov.u32 %r2, %ctaid.x;
+        shl.b32 %r3, %r2, 8;
+        mul.wide.u32 %rd2, %r1, 4;
+        cvt.u64.u32 %rd3, %r3;
+        add.s64 %rd4, %rd1, %rd2;
+        add.s64 %rd5, %rd4, %rd3;
+        st.global.b32 [%rd5+4], { %r1 };
+        bar.sync 0;
+        setp.eq.b32 %p1, %r1, 0;
+        @%p1 atom.global.gpu.acq_rel.add.u32 %r4, [%rd1+0], 1;
+        @%p1 st.shared.b32 [global_smem], %r4;
+        bar.sync 0;
+        ld.shared.b32 %r5, [global_smem];
+        setp.ne.b32 %p2, %r5, 1;
+        @%p2 bra $END;
+        xor.b32 %r6, %r3, 256;
+        cvt.u64.u32 %rd6, %r6;
+        add.s64 %rd7, %rd4, %rd6;
+        ld.global.b32 { %r7 }, [%rd7+4];
+        add.s32 %r8, %r7, 1;
+        st.global.b32 [%rd5+4], { %r8 };
+    $END:
+        ret;
+    }
+""")
+
+
+def run(text: str, out: torch.Tensor, programs: int) -> torch.Tensor:
+    """Two warps a program; int32 ``out`` is the only parameter."""
+    launch = Launch([out.data_ptr()], (programs, 1, 1), warps=2, shared=256, pdl=False, order=0)
+    Code(parse(text)).run(launch, Global([(out.data_ptr(), out.data_ptr() + 4 * len(out))], []))
     return out
+
+
+def exchange(text: str) -> torch.Tensor:
+    return run(text, torch.full((64,), -1, dtype=torch.int32), 1)
 
 
 def test_warps_meet_at_barriers():
@@ -153,6 +194,16 @@ def test_a_missing_barrier_faults(barrier):
     begin, end = [match.span() for match in re.finditer(r"bar\.sync 0;", EXCHANGE)][barrier]
     with pytest.raises(Fault, match=r"shared.* what another warp may"):
         exchange(EXCHANGE[:begin] + EXCHANGE[end:])
+
+
+def test_programs_hand_over_what_they_release_behind_a_barrier():
+    out = run(HAND_OVER, torch.zeros(1 + 2 * 64, dtype=torch.int32), 2)
+    lanes = torch.arange(64, dtype=torch.int32)
+    first, second = out[1:].view(2, 64)
+    assert out[0] == 2
+    assert torch.equal(first + second, 2 * lanes + 1)
+    with pytest.raises(Fault, match="reads what another warp may write at the same time"):
+        run(HAND_OVER.replace("bar.sync 0;", "", 1), torch.zeros(1 + 2 * 64, dtype=torch.int32), 2)
 
 
 def test_what_it_does_not_know_it_says():
