@@ -134,7 +134,7 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
         stored = load.stored + (shape.weights * WINDOW_BITS / 8 if entries else 0)
     instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
     from_l2 = entries * LEFT if tile.kernel == "middle" else entries
-    transposed = entries and (tile.transposed or (tile.kernel == "middle" and tile.tokens >= TRANSPOSED_FROM))
+    transposed = entries and (tile.transposed(tokens) or (tile.kernel == "middle" and tile.tokens >= TRANSPOSED_FROM))
     gathered = 0.0  # few x fit into the L1
     if transposed:
         gathered = from_l2 * token_tiles * max(SECTOR, 2 * tile.tokens) + 4 * tokens * shape.columns

@@ -42,6 +42,7 @@ GRID = {
     "one token, W3, uneven rows, float16": Shipped(1, ROWS, COLUMNS, 3, 64, sparse="uneven", dtype=torch.float16),
     "one token, crowded strip": Shipped(1, 48, 600, 4, sparse="strip"),
     "one token, codebook": Shipped(1, 40, 512, 3, codebook=True),
+    "3 tokens, crowded strip": Shipped(3, 48, 600, 4, sparse="strip"),
     "8 tokens, W8 asymmetric": Shipped(8, ROWS, COLUMNS, 8, 32, symmetric=False),
     "8 tokens, uneven rows": Shipped(8, ROWS, COLUMNS, 4, 128, sparse="uneven"),
     "16 tokens, W3 asymmetric, uneven rows": Shipped(16, ROWS, COLUMNS, 3, 64, symmetric=False, sparse="uneven"),

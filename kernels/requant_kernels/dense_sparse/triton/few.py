@@ -36,6 +36,7 @@ from requant_kernels.dense_sparse.triton.gather import (
     most_chunks,
     multiply_lists,
     no_products,
+    parts_of,
 )
 
 
@@ -47,7 +48,7 @@ def few_kernel(
     owners_ptr, further_ptr, entries_ptr, segments_ptr, bounds_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
-    Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr,
+    Q: tl.constexpr, REST: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
     QUADS: tl.constexpr,
 ):  # fmt: skip
@@ -56,8 +57,8 @@ def few_kernel(
     Grid (lists / S, splits of the columns). Lists beyond ``strips`` are the overflow of crowded strips (layout.py):
     they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel`` adds back.
     scales: int32 words [.., width], or the levels.
-    xt: x^T [K, TOKENS], zero beyond M, or x itself (gather.py); Q steps of slots go with each block of columns,
-    and what is left of them, with REST, comes after all blocks.
+    xt: x^T [K, TOKENS], zero beyond M, where it is TRANSPOSED, or x itself; Q steps of slots go with each block of
+    columns, and what is left of them, with REST, comes after all blocks.
     """
     if PDL:
         gdc_launch_dependents()
@@ -81,6 +82,7 @@ def few_kernel(
     ALL: tl.constexpr = TOKENS > 1 and TOKENS <= 8
     EARLY: tl.constexpr = TOKENS == 1
     AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
+    PARTS: tl.constexpr = parts_of(TOKENS, TRANSPOSED)
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
     first = tl.program_id(0) * S
     split = tl.program_id(1)
@@ -114,7 +116,7 @@ def few_kernel(
         beside = blocks * Q if ALL else tl.minimum(depth, blocks * Q)  # steps that go with blocks
         inside = (near, far if ALL else near, tl.minimum(steps if ALL else depth, hi * Q))
         slots = fetch_slots(slots_ptr, inside, (lo + group % KW) * Q, depth, 1, Q)
-        products = no_products(S * KW, TOKENS)
+        products = no_products(S * KW, TOKENS, PARTS)
         if TOKENS <= 8:
             owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST and EARLY:
@@ -136,7 +138,7 @@ def few_kernel(
         if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
             now_slots = slots
             slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
-            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, Q)
+            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, TRANSPOSED, Q)
         now = scales
         if KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
@@ -171,7 +173,7 @@ def few_kernel(
                     w = centred(w, now, start // GROUP, BITS, KIND, DT)
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
-            products = add_products(products, gathered, now_slots, TOKENS, Q, DT)
+            products = add_products(products, gathered, now_slots, Q, PARTS, DT)
     if SLOTS and TOKENS > 8:
         places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
@@ -179,26 +181,26 @@ def few_kernel(
         more = deepest(further_ptr, strip, depth, S) - beside
         rest = beside + split * KW + group % KW
         if EARLY:
-            gathered = gather_parts(xt_ptr, left, M, K, TOKENS, 1)
-            products = add_products(products, gathered, left, TOKENS, 1, DT)
+            gathered = gather_parts(xt_ptr, left, M, K, TOKENS, TRANSPOSED, 1)
+            products = add_products(products, gathered, left, 1, PARTS, DT)
             rest += splits * KW
             more -= splits * KW
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
-            theirs = gather_parts(xt_ptr, few, M, K, TOKENS, AFTER)
-            products = add_products(products, theirs, few, TOKENS, AFTER, DT)
+            theirs = gather_parts(xt_ptr, few, M, K, TOKENS, TRANSPOSED, AFTER)
+            products = add_products(products, theirs, few, AFTER, PARTS, DT)
             rest += splits * KW * AFTER
     if SLOTS or LISTS:
         # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
         sums = acc if KW == 1 else tl.zeros((S * KW, 16, TOKENS), tl.float32)
         if SLOTS:
-            sums = add_lanes(sums, products, owners, TOKENS)
+            sums = add_lanes(sums, products, owners, TOKENS, PARTS)
         if LISTS:
             if BITS == 2:
                 most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
-                splits * KW, m, M, K, TOKENS, DT,
+                splits * KW, m, M, K, TOKENS, TRANSPOSED, DT,
             )  # fmt: skip
         if KW > 1:
             sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton.decode import half_bits, side_by_side
-from requant_kernels.dense_sparse.triton.table import IN_PLACE
 
 
 @triton.jit
@@ -50,77 +49,72 @@ def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
     return slots
 
 
-@triton.constexpr_function
-def transposed(tokens):
-    """``Tile.transposed``."""
-    return tokens > IN_PLACE
-
-
 @triton.jit
-def gather(x_ptr, entries, columns, m, M, K, TOKENS: tl.constexpr):
+def gather(x_ptr, entries, columns, m, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """x DT [..., tokens] at the columns of ``entries`` int32 [...], for tokens ``m``; zero where an entry is. x [M, K],
-    or x^T [K, TOKENS] where a program's TOKENS are ``transposed``."""
+    or x^T [K, TOKENS] where it is TRANSPOSED."""
     columns = tl.expand_dims(columns, -1)
     used = tl.expand_dims((entries >> 16) != 0, -1)
-    if transposed(TOKENS):
+    if TRANSPOSED:
         return tl.load(x_ptr + (columns * TOKENS + m), mask=used, other=0.0)
     else:
         return tl.load(x_ptr + (m * K + columns), mask=used & (m < M), other=0.0)
 
 
 @triton.constexpr_function
-def parts_of(tokens):
+def parts_of(tokens, transposed):
     """In how many parts the tokens are gathered, so that a thread has all of a part: 8 of them, 16 bytes, transposed,
     one as they stand."""
-    return tokens // 8 if tokens > IN_PLACE else tokens
+    return tokens // 8 if transposed else tokens
 
 
 @triton.jit
-def no_products(L: tl.constexpr, TOKENS: tl.constexpr):
-    """What ``add_products`` adds to: a tuple of fp32 zeros [32 L, TOKENS // parts]."""
+def no_products(L: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):
+    """What ``add_products`` adds to: a tuple of PARTS fp32 zeros [32 L, TOKENS // PARTS]."""
     products = ()
-    for _ in tl.static_range(parts_of(TOKENS)):
-        products = products + (tl.zeros((32 * L, TOKENS // parts_of(TOKENS)), tl.float32),)  # noqa: RUF005
+    for _ in tl.static_range(PARTS):
+        products = products + (tl.zeros((32 * L, TOKENS // PARTS), tl.float32),)  # noqa: RUF005
     return products
 
 
 @triton.jit
-def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, Q: tl.constexpr):
+def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
     """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L, TOKENS // parts], all parts of
     one step after all of the step before."""
+    SIZE: tl.constexpr = TOKENS // parts_of(TOKENS, TRANSPOSED)
     gathered = ()
     for q in tl.static_range(Q):
-        for part in tl.static_range(parts_of(TOKENS)):
-            m = part * (TOKENS // parts_of(TOKENS)) + tl.arange(0, TOKENS // parts_of(TOKENS))
-            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS)
+        for start in tl.static_range(0, TOKENS, SIZE):
+            m = start + tl.arange(0, SIZE)
+            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS, TRANSPOSED)
             gathered = gathered + (x,)  # noqa: RUF005
     return gathered
 
 
 @triton.jit
-def add_products(products, gathered, slots, TOKENS: tl.constexpr, Q: tl.constexpr, DT: tl.constexpr):
+def add_products(products, gathered, slots, Q: tl.constexpr, PARTS: tl.constexpr, DT: tl.constexpr):
     """``products`` plus the gathered x times the values of ``slots``."""
     for q in tl.static_range(Q):
         values = half_bits(slots[q], 1, DT).to(tl.float32)[:, None]
         added = ()
-        for part in tl.static_range(parts_of(TOKENS)):
-            x = gathered[q * parts_of(TOKENS) + part].to(tl.float32)
+        for part in tl.static_range(PARTS):
+            x = gathered[q * PARTS + part].to(tl.float32)
             added = added + (products[part] + x * values,)  # noqa: RUF005
         products = added
     return products
 
 
 @triton.jit
-def add_lanes(sums, products, owners, TOKENS: tl.constexpr):
+def add_lanes(sums, products, owners, TOKENS: tl.constexpr, PARTS: tl.constexpr):
     """sums fp32 [L, 16, TOKENS] plus the products of each row's lanes. owners int32 [L, 32]: ``Slots.owners``.
 
     On the tensor cores, in two parts that tf32 holds: 10 bits, and 10 more.
     """
     parts = ()
-    for part in tl.static_range(parts_of(TOKENS)):
-        there = tl.reshape(products[part], (owners.shape[0], 32, TOKENS // parts_of(TOKENS)))
+    for part in tl.static_range(PARTS):
+        there = tl.reshape(products[part], (owners.shape[0], 32, TOKENS // PARTS))
         parts = parts + (there,)  # noqa: RUF005
-    lanes = side_by_side(parts, 0, parts_of(TOKENS))
+    lanes = side_by_side(parts, 0, PARTS)
     owners = tl.reshape(owners, (owners.shape[0], 1, 32))
     hit = tl.where(owners == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -141,7 +135,7 @@ def most_chunks(bounds_ptr, first_list, S: tl.constexpr):
 @triton.jit
 def multiply_lists(
     acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, m, M, K,
-    TOKENS: tl.constexpr, DT: tl.constexpr,
+    TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """acc fp32 [L, 16, TOKENS] plus the products of x with every ``parts``-th chunk, from ``part`` [L] on, of ``lists``
     [L], the longest of which has ``most`` chunks: 32 entries of 16 rows, told apart by a one-hot matrix."""
@@ -152,7 +146,7 @@ def multiply_lists(
         live = chunk < end
         e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
         columns = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
-        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, TOKENS)
+        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, TOKENS, TRANSPOSED)
         hit = ((e >> 12) & 0xF)[:, None, :] == tl.arange(0, 16)[None, :, None]
         acc = tl.dot(tl.where(hit, half_bits(e, 1, DT)[:, None, :], 0.0).to(DT), x, acc)
         chunk += parts

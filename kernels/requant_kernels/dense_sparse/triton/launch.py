@@ -168,8 +168,9 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     slots, further, owners, _, _ = call.slots
     q = max(1, min(call.layer.steps, most_steps(tile)))
     rest = call.layer.steps > q or bool(call.layer.deepened)
-    xt = _transpose(call.x, tile.tokens, options) if call.layer.sparse and tile.transposed else call.x
     layer = call.layer
+    constants["TRANSPOSED"] = layer.sparse and tile.transposed(call.tokens)
+    xt = _transpose(call.x, tile.tokens, options) if constants["TRANSPOSED"] else call.x
     if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
         constants["maxnreg"] = bound
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}

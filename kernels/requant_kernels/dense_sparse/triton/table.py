@@ -13,6 +13,7 @@ import torch
 
 DEFAULT = "default"
 IN_PLACE = 4  # tokens whose x is gathered as it is; more repay the launch that transposes it
+MANY_TOKENS = 8  # of a tile, beyond which it has no registers for tokens in place
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
 
@@ -52,10 +53,9 @@ class Tile:
         if self.columns not in (128, 256):
             raise ValueError(f"columns {self.columns} is not 128 or 256")
 
-    @property
-    def transposed(self) -> bool:
-        """Whether x at the columns of entries comes from a transposed copy."""
-        return self.kernel == "few" and self.tokens > IN_PLACE
+    def transposed(self, tokens: int) -> bool:
+        """Whether kernel "few" reads x at the columns of entries from a transposed copy."""
+        return self.kernel == "few" and (tokens > IN_PLACE or self.tokens > MANY_TOKENS)
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
@@ -100,14 +100,16 @@ class Table:
         return next((tile for tile in self.tiles if tile.covers(tokens, bits, codebook)), None)
 
     def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
-        """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them."""
-        starts = {1} | {tile.up_to + 1 for tile in self.tiles}
+        """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them, x in
+        place or transposed."""
+        starts = {1, IN_PLACE + 1} | {tile.up_to + 1 for tile in self.tiles}
         for tile in self.tiles:
             starts.update(range(1, tile.up_to + 1, tile.tokens))
-        first: dict[tuple[Tile | None, int], int] = {}
+        first: dict[tuple[Tile | None, int, bool], int] = {}
         for tokens in sorted(starts):
             chosen = self.tile(tokens, bits, codebook)
-            first.setdefault((chosen, -(-tokens // chosen.tokens) if chosen else 0), tokens)
+            way = (-(-tokens // chosen.tokens), chosen.transposed(tokens)) if chosen else (0, False)
+            first.setdefault((chosen, *way), tokens)
         return tuple(first.values())
 
 

@@ -27,7 +27,7 @@ from requant_kernels.dense_sparse.triton.layer import (
 )
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
-from requant_kernels.dense_sparse.triton.table import Decode, Tile, tables
+from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, tables
 from requant_kernels.dense_sparse.triton.windows import WIDTHS
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
@@ -72,7 +72,9 @@ def _variant(  # noqa: PLR0917
     sparse: bool = True,
     split: int = WHOLE,
     crowded: bool = False,
+    tokens: int | None = None,
 ) -> Variant:
+    """``tokens``: as many as the tile takes, but for the few that are gathered in place."""
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
     constants["LISTS"] = sparse
     tile = rule if isinstance(rule, Tile) else None
@@ -84,6 +86,7 @@ def _variant(  # noqa: PLR0917
         constants["PDL"] = tables()[table].pdl
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
+        constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
@@ -92,6 +95,7 @@ def _variant(  # noqa: PLR0917
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
     name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}" + ("", " split", " overflow")[split]
     name += " crowded" if crowded else " sparse" if sparse else " dense"
+    name += f" {tokens} tokens" if tokens else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     bound = register_bound(tile, kind, group, dtype == "bf16") if tile else None
@@ -106,13 +110,19 @@ def _layers() -> Iterator[tuple[int, int, int]]:
             yield bits, 256, CODEBOOK
 
 
+def _placements(tile: Tile) -> tuple[int | None, ...]:
+    """Numbers of tokens for which a tile gathers x transposed, and in place."""
+    return (None,) if tile.transposed(IN_PLACE) == tile.transposed(tile.up_to) else (None, IN_PLACE)
+
+
 def _every() -> Iterator[Variant]:
     for name, table in tables().items():
         for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
             used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
             splits = (WHOLE, HERE, LATER) if sparse else (WHOLE, HERE)
             for tile, split, crowded in product(used, splits, (True, False) if sparse else (False,)):
-                yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
+                for tokens in _placements(tile) if sparse else (None,):
+                    yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded, tokens)
             yield _variant(name, table.decode, bits, group, kind, dtype, sparse)
 
 
@@ -159,6 +169,8 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
+    for crowded in (False, True):
+        yield _variant("h200", eight, 4, 128, SYMMETRIC, "bf16", crowded=crowded, tokens=IN_PLACE)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
