@@ -19,6 +19,7 @@ from triton.runtime.cache import get_cache_manager
 from tests.emulator.machine import Code, Launch
 from tests.emulator.memory import Global, Range
 from tests.emulator.ptx import parse
+from tests.emulator.traffic import Traffic
 
 SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes a program
 
@@ -46,7 +47,8 @@ class Launcher:
         values = [v for v, taken in zip(arguments[-len(self._taken) :], self._taken, strict=True) if taken]
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         assert all(tensor.is_contiguous() for tensor in tensors)
-        memory = Global([(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors], gpu.written)
+        ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+        memory = Global(ranges, gpu.written, gpu.traffic)
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else int(value) for value in values]
         numbers += [0] * (len(self._code.kernel.parameters) - len(numbers))  # scratch memory, which none needs
         metadata = self._metadata
@@ -55,15 +57,15 @@ class Launcher:
         gpu.written += memory.written
 
 
-class Emulated(DriverBase):
+class Emulated(DriverBase):  # type: ignore[misc]  # triton has no types
     """One GPU of the given compute capability (80, 90). ``order``: ``Launch.order`` of all launches; ``runs``: they are
-    not only compiled; ``written``: by launches so far."""
+    not only compiled; ``traffic`` counts their accesses; ``written``: by launches so far."""
 
     launcher_cls = Launcher
 
-    def __init__(self, capability: int, order: int, runs: bool):
+    def __init__(self, capability: int, order: int, runs: bool, traffic: Traffic | None):
         super().__init__()
-        self.order, self.runs = order, runs
+        self.order, self.runs, self.traffic = order, runs, traffic
         self.written: list[Range] = []
         self._capability = capability
         self.utils = SimpleNamespace(
@@ -96,9 +98,9 @@ class Emulated(DriverBase):
 
 
 @contextmanager
-def emulated(capability: int, order: int = 0, runs: bool = True) -> Iterator[None]:
+def emulated(capability: int, order: int = 0, runs: bool = True, traffic: Traffic | None = None) -> Iterator[None]:
     before = driver._active  # reading driver.active would look for a GPU
-    driver.set_active(Emulated(capability, order, runs))
+    driver.set_active(Emulated(capability, order, runs, traffic))
     try:
         yield
     finally:

@@ -134,7 +134,7 @@ def wide(name: str, kind: str) -> Callable[..., Array]:
     double = kind[0] + str(2 * int(kind[1:]))
 
     def product(a: Array, b: Array, *c: Array) -> Array:
-        result = typed(a, kind).astype(KINDS[double]) * typed(b, kind).astype(KINDS[double])
+        result: Array = typed(a, kind).astype(KINDS[double]) * typed(b, kind).astype(KINDS[double])
         return untyped(result + typed(c[0], double) if c else result)
 
     return product

@@ -93,13 +93,14 @@ class Code:
     def run(self, launch: Launch, memory: Global) -> None:
         values = dict(zip(self.kernel.parameters, launch.arguments, strict=True))
         values |= {f"%nctaid.{axis}": count for axis, count in zip("xyz", launch.grid, strict=True)}
-        places = list(product(*map(range, launch.grid)))
+        x, y, z = map(range, launch.grid)
+        places = list(product(x, y, z))
         random = Random(launch.order)
         random.shuffle(places)
         epoch, released = 1, np.zeros(len(places), dtype=np.int64)
         for number, place in enumerate(places):
             program = Program(place, number, epoch, released)
-            shared = Shared(launch.shared)
+            shared = Shared(launch.shared, memory.traffic)
             here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
             running = [
                 self._until_end(
@@ -124,9 +125,11 @@ class Code:
 
     def _until_stop(self, warp: Warp, at: int) -> int | None:
         """Runs up to the next stop, and that; where it goes on, None behind the end."""
-        steps, stops = self._steps, self._stops
+        steps, stops, traffic = self._steps, self._stops, warp.memory.traffic
         try:
             while not stops[at]:
+                if traffic:
+                    traffic.begin(self.kernel.name, self.kernel.instructions[at])
                 steps[at](warp)
                 at += 1
             return steps[at](warp)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.emulator.lanes import UNSIGNED, Array
+from tests.emulator.traffic import Traffic
 
 BLOCK = 16  # bytes; aligned blocks of so many never cross a page
 WARPS = 256  # more than a program can have; the last stands for several
@@ -128,8 +129,8 @@ class Memory:
 class Shared(Memory):
     """Of one program; begins as NaN."""
 
-    def __init__(self, size: int):
-        self._size = -(-size // BLOCK) * BLOCK
+    def __init__(self, size: int, traffic: Traffic | None):
+        self._size, self._traffic = -(-size // BLOCK) * BLOCK, traffic
         super().__init__(np.full(self._size, 0xFF, dtype=np.uint8))
 
     def locate(self, addresses: Array, size: int, count: int) -> Array:
@@ -137,6 +138,8 @@ class Shared(Memory):
         offsets = addresses.astype(np.int64)
         if len(offsets) and offsets.max() + size * count > self._size:
             raise Fault(f"shared memory ends at {self._size}, access at {offsets.max()}")
+        if self._traffic:
+            self._traffic.shared(offsets, size * count)
         return self.items(offsets, size, count)
 
 
@@ -147,7 +150,7 @@ class Tensor(Memory):
         self.begin, self.end, self.fresh, self.written = begin, end, fresh, False
         self.base = begin - begin % BLOCK
         size = -(-(end - self.base) // BLOCK) * BLOCK
-        super().__init__(np.frombuffer((ctypes.c_uint8 * size).from_address(self.base), dtype=np.uint8))
+        super().__init__(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base)))
 
     def read(self, items: Array, size: int, actor: Actor) -> Array:
         if self.fresh and not actor.waited:
@@ -162,9 +165,11 @@ class Tensor(Memory):
 
 
 class Global:
-    """Everything that a launch was given; other addresses fault. ``written``: by launches before."""
+    """Everything that a launch was given; other addresses fault. ``written``: by launches before. ``traffic`` counts
+    what becomes of this and of shared memory."""
 
-    def __init__(self, ranges: Sequence[Range], written: Sequence[Range]):
+    def __init__(self, ranges: Sequence[Range], written: Sequence[Range], traffic: Traffic | None = None):
+        self.traffic = traffic
         merged: list[Range] = []
         for begin, end in sorted(ranges):
             if merged and begin < merged[-1][1]:
@@ -188,4 +193,6 @@ class Global:
         if index < 0 or beyond > self._tensors[index].end:
             raise Fault(f"global memory from {lowest:#x} to {beyond:#x} is in no tensor of this launch")
         tensor = self._tensors[index]
+        if self.traffic:
+            self.traffic.tensors(addresses, size * count)
         return tensor, tensor.items(addresses - tensor.base, size, count)
