@@ -34,13 +34,17 @@ class Traffic:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str, str], Count] = defaultdict(Count)
         self._now = Count()
+        self._fetched = False
 
     def begin(self, kernel: str, instruction: Instruction) -> None:
         self._now = self.counts[kernel, instruction.source, ".".join(instruction.parts)]
         self._now.runs += 1
+        self._fetched = instruction.parts[0] == "wgmma"  # by the tensor cores, which swizzled rows do not hinder
 
     def shared(self, addresses: Array, size: int) -> None:
         """An access of ``size`` bytes at each address: as many lanes at a time as fit a cycle."""
+        if self._fetched:
+            return
         together = max(1, min(len(addresses), CYCLE // size))
         for start in range(0, len(addresses), together):
             words = np.unique(addresses[start : start + together, None] // WORD + np.arange(-(-size // WORD)))
