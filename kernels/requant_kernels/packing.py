@@ -5,6 +5,8 @@ and stream bit j is bit j % 32 of word j // 32. A code may straddle two words (3
 last word are zero.
 """
 
+import math
+
 import torch
 
 WORD = 32
@@ -40,20 +42,18 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     """int32 [..., W] -> uint8 codes [..., length]. Raises ValueError where W words do not hold them."""
-    *lead, width = packed.shape
-    if width != packed_length(length, bits):
-        raise ValueError(f"{width} words do not hold {length} codes of {bits} bit")
-    words = torch.nn.functional.pad(packed, (0, -width % bits)).view(*lead, -1, bits)
-    codes = torch.empty(*lead, words.shape[-2], WORD, dtype=torch.uint8, device=packed.device)
-    mask = (1 << bits) - 1
-    for k in range(WORD):
-        word, shift = divmod(k * bits, WORD)
-        value = words[..., word] >> shift  # arithmetic: the mask removes the copied sign bits
-        if shift + bits > WORD:
-            low = WORD - shift
-            value = (value & ((1 << low) - 1)) | (words[..., word + 1] << low)
-        codes[..., k] = value & mask
-    return codes.flatten(-2)[..., :length].contiguous()
+    if packed.shape[-1] != packed_length(length, bits):
+        raise ValueError(f"{packed.shape[-1]} words do not hold {length} codes of {bits} bit")
+    # As many bytes as hold a whole number of codes, all of whose n-th codes are cut out at once.
+    together = math.lcm(8, bits) // 8
+    data = packed.contiguous().view(torch.uint8)
+    if together > 1:
+        data = torch.nn.functional.pad(data, (0, -data.shape[-1] % together))
+        data = data.view(*data.shape[:-1], data.shape[-1] // together, together)
+        wide = torch.int32 if together < 4 else torch.int64
+        data = torch.nn.functional.pad(data, (0, wide.itemsize - together)).view(wide).squeeze(-1)
+    codes = [(data >> shift) & ((1 << bits) - 1) for shift in range(0, 8 * together, bits)]
+    return torch.stack([code.to(torch.uint8) for code in codes], -1).flatten(-2)[..., :length].contiguous()
 
 
 def take_range(packed: torch.Tensor, bits: int, start: int, stop: int) -> torch.Tensor:
