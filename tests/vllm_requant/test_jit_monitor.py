@@ -18,7 +18,6 @@ from tests.kernels.strategies import random_w8a8, random_weight
 CPU = torch.device("cpu")
 LIMIT = 2048  # tokens
 TOKENS = (*range(1, 300), *range(300, LIMIT + 1, 97), LIMIT)
-CAPABILITIES = {"h200": 90, "a100": 80}
 
 
 @pytest.fixture
@@ -39,27 +38,21 @@ def serve(implementation, prepared, columns, tokens):
     implementation.apply(x, tensors, None, rows, list(prepared.meta))
 
 
-def dense_sparse_layer(gpu, rows, columns, scheme):
+def dense_sparse_layer(rows, columns, scheme):
     from requant_kernels.dense_sparse.triton.implementation import Triton
     from requant_kernels.dense_sparse.triton.table import tables
 
     weight = random_weight(LayerScheme(scheme, SparseScheme()), (rows, columns))
-    implementation = Triton(tables()[gpu])
+    implementation = Triton(tables()["h200"])
     return implementation, implementation.prepare(weight, dense_sparse.LayerConfig.of(weight, torch.bfloat16, CPU))
 
 
 @pytest.mark.parametrize(
-    ("gpu", "rows", "columns", "scheme"),
-    [
-        ("h200", 384, 1024, WeightScheme(4, 128)),
-        ("h200", 144, 272, WeightScheme(3)),
-        ("a100", 384, 1024, WeightScheme(4, 128)),
-    ],
-    ids=str,
+    ("rows", "columns", "scheme"), [(384, 1024, WeightScheme(4, 128)), (144, 272, WeightScheme(3))], ids=str
 )
-def test_dense_plus_sparse(monitor, gpu, rows, columns, scheme):
-    implementation, prepared = dense_sparse_layer(gpu, rows, columns, scheme)
-    with emulated(CAPABILITIES[gpu], runs=False):
+def test_dense_plus_sparse(monitor, rows, columns, scheme):
+    implementation, prepared = dense_sparse_layer(rows, columns, scheme)
+    with emulated(90, runs=False):
         implementation.warm_up(prepared, torch.bfloat16, CPU, limit=LIMIT, biased=[False])
         monitor()
         for tokens in TOKENS:
@@ -82,7 +75,7 @@ def test_w8a8(monitor, shape):
 
 
 def test_without_warm_up_the_monitor_speaks_up(monitor):
-    implementation, prepared = dense_sparse_layer("h200", 32, 256, WeightScheme(2, 64))
+    implementation, prepared = dense_sparse_layer(32, 256, WeightScheme(2, 64))
     with emulated(90, runs=False):
         monitor()
         with pytest.raises(RuntimeError, match="Triton kernel JIT compilation during inference"):
