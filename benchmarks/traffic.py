@@ -23,13 +23,13 @@ import torch
 from requant.markdown import table
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Tile, tables
+from requant_kernels.dense_sparse.triton.variants import TARGETS
 
 from benchmarks.kernel_timing import layers
 from benchmarks.kernel_timing.shapes import Shape
 from tests.emulator.driver import emulated
 from tests.emulator.traffic import Traffic
 
-CAPABILITIES = {"h200": 90, "a100": 80}
 COLUMNS = ("kernel", "line", "operation", "runs", "cycles", "least", "sectors", "lines")
 
 
@@ -44,7 +44,7 @@ def rows(traffic: Traffic) -> list[list[object]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", choices=CAPABILITIES, default="h200")
+    parser.add_argument("--gpu", choices=("h200", "a100"), default="h200")
     parser.add_argument("--tokens", type=int, default=1)
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
     parser.add_argument("--group", type=int, default=128)
@@ -63,7 +63,7 @@ def main() -> int:
     implementation = Triton(launches)
     prepared = layers.prepare(implementation, weight, setting)
     x, traffic = layers.activations(arguments.tokens, shape, setting), Traffic()
-    with emulated(CAPABILITIES[arguments.gpu], traffic=traffic):
+    with emulated(int(TARGETS[arguments.gpu][0]), traffic=traffic):
         y = implementation.apply(x, list(prepared.tensors.values()), None, shape.rows, list(prepared.meta))
     layers.relative_error(y, x.float() @ layers.exact_weight(weight).T)
     print(table(COLUMNS, rows(traffic)))

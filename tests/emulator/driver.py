@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from requant_kernels.aot import SHARED_MEMORY
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
@@ -20,8 +21,6 @@ from tests.emulator.machine import Code, Launch
 from tests.emulator.memory import Global, Range
 from tests.emulator.ptx import parse
 from tests.emulator.traffic import Traffic
-
-SHARED_MEMORY = {80: 166912, 90: 232448}  # bytes a program
 
 
 @cache
@@ -71,7 +70,7 @@ class Emulated(DriverBase):  # type: ignore[misc]  # triton has no types
         self.utils = SimpleNamespace(
             load_binary=lambda name, binary, shared, device: (object(), None, 0, 0, 1024),
             unload_module=lambda module: None,
-            get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[capability]},
+            get_device_properties=lambda device: {"max_shared_mem": SHARED_MEMORY[str(capability)]},
         )
 
     @staticmethod

@@ -9,7 +9,7 @@ from tests.emulator.lanes import Array
 from tests.emulator.memory import Fault
 from tests.emulator.ptx import Instruction
 from tests.emulator.pure import Step
-from tests.emulator.registers import Product, Registers, Warp
+from tests.emulator.registers import Product, Registers, Warp, waited_for
 
 
 def multiply(registers: Registers, instruction: Instruction) -> Step:
@@ -85,11 +85,10 @@ def wait_for_products(registers: Registers, instruction: Instruction) -> Step:
     assert isinstance(allowed, int)
 
     def step(warp: Warp) -> None:
-        while len(warp.products) - 1 > allowed:
-            for product in warp.products.pop(0):
-                if any((now != then).any() for now, then in zip(product.operands(), product.seen, strict=True)):
-                    raise Fault("shared memory has changed under a product under way")
-                for slot, register in product.results.items():
-                    warp.registers[slot] = register
+        for product in waited_for(warp.products, allowed):
+            if any((now != then).any() for now, then in zip(product.operands(), product.seen, strict=True)):
+                raise Fault("shared memory has changed under a product under way")
+            for slot, register in product.results.items():
+                warp.registers[slot] = register
 
     return step

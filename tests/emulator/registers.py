@@ -1,7 +1,8 @@
 """The registers of a kernel by number, and a warp's values of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,6 +38,15 @@ class Warp(Actor):
         """The register as the last product under way will leave it."""
         under_way = (product for group in reversed(self.products) for product in reversed(group))
         return next((p.results[slot] for p in under_way if slot in p.results), self.registers[slot])
+
+
+Item = TypeVar("Item")
+
+
+def waited_for(groups: list[list[Item]], allowed: int) -> Iterator[Item]:
+    """What is in all but the last ``allowed`` groups, and the open one; they are not under way any more."""
+    while len(groups) - 1 > allowed:
+        yield from groups.pop(0)
 
 
 class Registers:

@@ -12,7 +12,7 @@ from tests.emulator.lanes import LANES, Array, typed, untyped
 from tests.emulator.memory import Memory
 from tests.emulator.ptx import Address, Instruction
 from tests.emulator.pure import Step, size_of
-from tests.emulator.registers import Registers, Warp
+from tests.emulator.registers import Registers, Warp, waited_for
 
 
 def _place(instruction: Instruction) -> Callable[[Warp, Array, int, int], tuple[Memory, Array]]:
@@ -124,9 +124,8 @@ def wait_for_copies(registers: Registers, instruction: Instruction) -> Step:
     assert isinstance(allowed, int)
 
     def step(warp: Warp) -> None:
-        while len(warp.copies) - 1 > allowed:
-            for land in warp.copies.pop(0):
-                land()
+        for land in waited_for(warp.copies, allowed):
+            land()
 
     return step
 

@@ -23,6 +23,13 @@ def poison_new_tensors() -> None:
     torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
 
 
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as a test of this process runs."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty)
+    poison_new_tensors()
+
+
 def _start() -> None:
     import tests.kernels.triton.interpreter_bf16
 

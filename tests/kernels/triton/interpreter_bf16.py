@@ -10,6 +10,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from tests.emulator.lanes import from_bf16, to_bf16
+
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 
@@ -17,16 +19,12 @@ def widened(handle: TensorHandle) -> TensorHandle:
     """The same numbers as float32."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
-    bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
-    return TensorHandle(bits.view(np.float32), tl.float32)
+    return TensorHandle(from_bf16(np.ascontiguousarray(handle.data)), tl.float32)
 
 
 def narrowed(values: np.ndarray) -> TensorHandle:
     """Rounded to bfloat16, half to even."""
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    bits = values.view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
+    return TensorHandle(to_bf16(values), tl.bfloat16)
 
 
 def repaired_cast(original: Callable[..., Any]) -> Callable[..., Any]:

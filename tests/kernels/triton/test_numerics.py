@@ -8,7 +8,6 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from tests.kernels.triton.cases import FEW, MIDDLE, Case, check
-from tests.kernels.triton.conftest import poison_new_tensors
 
 SPLIT = 64  # programs: enough to split the columns of every case
 ONE_STRIP = replace(FEW, tokens=1, up_to=1, strips=1, k_warps=4)
@@ -102,12 +101,6 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=25)
 def test_any_case_interpreted(interpreted, case):
     interpreted(check, case)
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty)
-    poison_new_tensors()
 
 
 @pytest.mark.gpu

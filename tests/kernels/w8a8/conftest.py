@@ -7,6 +7,6 @@ with contextlib.suppress(ImportError):
 
     current_platform.import_kernels()
 
-from tests.kernels.triton.conftest import interpreted
+from tests.kernels.triton.conftest import interpreted, poisoned
 
-__all__ = ["interpreted"]
+__all__ = ["interpreted", "poisoned"]

@@ -7,7 +7,6 @@ import torch
 from requant_kernels.w8a8.triton.table import Table, tables
 
 from tests.emulator.driver import emulated
-from tests.kernels.triton.conftest import poison_new_tensors
 from tests.kernels.w8a8.cases import Case, check, check_rounding
 
 
@@ -29,10 +28,7 @@ GRID = {
 }
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_empty)
-    poison_new_tensors()
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -249,3 +249,21 @@ def centred(
         return (values - zero[:, :, None]).to(DT)
     else:
         return (values - zero).to(DT)
+
+
+@triton.jit
+def stepped(
+    words, levels, scales, exponent, START: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+    QUADS: tl.constexpr,
+):  # fmt: skip
+    """Columns [START, START + COLUMNS) of a block times their steps, or their levels: DT [KW, R, COLUMNS], decoded SPAN
+    columns, which one step covers, at a time."""
+    parts = ()
+    for part in tl.static_range(START // SPAN, (START + COLUMNS) // SPAN):
+        w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
+        if KIND != CODEBOOK:
+            w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
+            w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
+        parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
+    return side_by_side(parts, 0, COLUMNS // SPAN)

@@ -22,7 +22,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_words,
     midpoint,
     quads,
-    side_by_side,
+    stepped,
     tile,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
@@ -150,17 +150,11 @@ def few_kernel(
             if QUADS and SPAN > 16:
                 x = quads(x, KW, COLUMNS, TOKENS)
             x = tl.broadcast_to(x, (BATCH, COLUMNS, TOKENS))
-            parts = ()
-            for part in tl.static_range(start // SPAN, (start + COLUMNS) // SPAN):
-                w = tile(now_words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
-                if FOLDED:
-                    w = centred(w, now, part * SPAN // GROUP, BITS, KIND, DT)
-                    w = w * group_scale(now, part * SPAN // GROUP, KIND, DT)[:, :, None]
-                parts = parts + (w,)  # noqa: RUF005
-            w = side_by_side(parts, 0, COLUMNS // SPAN)
             if KIND == CODEBOOK or FOLDED:
+                w = stepped(now_words, levels, now, exponent, start, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, QUADS)
                 acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
             else:
+                w = tile(now_words, levels, exponent, start // 16, SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
                 step = tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
                 if UNCENTRED:
                     ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers

@@ -1,6 +1,6 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0912, PLR0917
+# ruff: noqa: PLR0917
 """Many tokens: weights are decoded once, dense and sparse, for the matrix product of the vendor's library."""
 
 import triton
@@ -9,14 +9,11 @@ import triton.language as tl
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
     CODEBOOK,
-    centred,
-    group_scale,
     half_bits,
     load_levels,
     load_rows,
     load_words,
-    side_by_side,
-    tile,
+    stepped,
 )
 from requant_kernels.dense_sparse.triton.gather import locate_strips
 
@@ -63,16 +60,10 @@ def decode_kernel(
             block = tl.minimum(start + kw, blocks - 1)
             scales = load_rows(scales_at + (block * scale_step)[:, None], width, WORDS)
         for at in tl.static_range(0, 256, COLUMNS):
-            parts = ()
-            for part in tl.static_range(at // SPAN, (at + COLUMNS) // SPAN):
-                w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, False)
-                if KIND != CODEBOOK:
-                    w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
-                    w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-                parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
+            w = stepped(words, levels, scales, exponent, at, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, False)
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
-            tl.store(to, side_by_side(parts, 0, COLUMNS // SPAN), mask=(row < rows)[None, :, None] & (k < K))
+            tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
     if SLOTS or LISTS:
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
     if SLOTS:
