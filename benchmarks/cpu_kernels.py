@@ -36,7 +36,7 @@ SCHEMES = {
     "W8A8 asymmetric": LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True, symmetric=False)),
 }
 QUANTIZED = [
-    ("cpu_int4_native", "W4 g64"),
+    *((name, "W4 g64") for name in ("cpu_bf16", "cpu_int4_native")),
     *((name, kind) for name in ("cpu_int8_avx512", "cpu_int8_avx2", "onednn") for kind in ("W8A8", "W8A8 asymmetric")),
     ("fbgemm", "W8A8"),
 ]
@@ -67,11 +67,30 @@ def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, sch
     calls: list[Call] = [
         partial(chosen.apply, x, list(one.tensors.values()), None, one.out_features, list(one.meta)) for one in prepared
     ]
-    expected = reference.linear(x, layer).float()
-    wrong = (calls[0]().float() - expected).abs().max() / expected.abs().max()
+    check(name, calls[0](), reference.linear(x, layer))
+    return calls
+
+
+def vllms_own(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
+    """vLLM's kernel for 4-bit weights of GPTQ, AWQ and compressed-tensors checkpoints, on the symmetric grid."""
+    from vllm._custom_ops import cpu_gemm_wna16
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
+
+    layer = round_layer(weight, LayerScheme(WeightScheme(4, 64, symmetric=True)))
+    assert layer.scale is not None
+    eights = layer.codes().to(torch.int32).view(-1, 2, 8, weight.shape[1]).permute(0, 3, 1, 2)  # rows of a word
+    words = (eights << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32).flatten(1)
+    packed, scales = [words.clone() for _ in range(copies)], layer.scale.T.contiguous()
+    calls: list[Call] = [partial(cpu_gemm_wna16, x, one, scales, None, None, 8, _get_isa_hint(DTYPE)) for one in packed]
+    check("vLLM", calls[0](), reference.linear(x, layer))
+    return calls
+
+
+def check(name: str, y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises RuntimeError unless they agree."""
+    wrong = (y.float() - expected.float()).abs().max() / expected.abs().max()
     if wrong > 0.01:  # bfloat16 has a step of 0.004
         raise RuntimeError(f"{name}: differs from the reference by {wrong:.1%}")
-    return calls
 
 
 def least_seconds(columns: dict[str, list[Call]], seconds: float) -> dict[str, float]:
@@ -93,6 +112,7 @@ def measure(shape: tuple[int, int], tokens: int, seconds: float) -> dict[str, fl
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(DTYPE)
     copies = -(-CACHE_BYTES // weight.numel())
     columns = {"bfloat16": unquantized(weight, x, copies), "float32": unquantized(weight.float(), x.float(), copies)}
+    columns["W4 g64 symmetric, vLLM"] = vllms_own(weight, x, copies)
     for name, kind in QUANTIZED:
         columns[f"{kind}, {name}"] = quantized(weight, x, copies, name, SCHEMES[kind])
     return least_seconds({column: calls for column, calls in columns.items() if calls}, seconds)

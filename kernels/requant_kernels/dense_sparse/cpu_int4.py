@@ -8,6 +8,7 @@ from math import gcd
 
 import torch
 
+from requant_kernels.dense_sparse.cpu_packed import refused
 from requant_kernels.dense_sparse.cpu_sparse import add_sparse
 from requant_kernels.dense_sparse.int4_panels import (
     GROUP_SIZES,
@@ -36,18 +37,7 @@ class CpuInt4(Implementation):
     name = "cpu_int4"
 
     def can_implement(self, config: LayerConfig) -> tuple[bool, str]:
-        weights = config.scheme.weights
-        for refused, reason in (
-            (config.device.type != "cpu", f"runs on a CPU, not on {config.device.type}"),
-            (weights.codebook, "codebooks have no packed product on a CPU"),
-            (weights.bits > 4, f"{weights.bits}-bit codes have no packed product with groups on a CPU"),
-            (config.dtype != torch.bfloat16, f"needs bfloat16 activations, not {config.dtype}"),
-            (config.stored_dtype != torch.bfloat16, f"scales of {config.stored_dtype} are not exact in bfloat16"),
-            (_kernel_group(config.group_size) < min(GROUP_SIZES), f"group {config.group_size} is no multiple of 32"),
-        ):
-            if refused:
-                return False, reason
-        missing = unavailable()
+        missing = refused(config) or unavailable()
         return not missing, missing
 
     def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 
 from requant_kernels.choice import first_able
+from requant_kernels.dense_sparse.cpu_bf16 import CpuBf16
 from requant_kernels.dense_sparse.cpu_int4 import CpuInt4
 from requant_kernels.dense_sparse.cpu_int4_native import CpuInt4Native
 from requant_kernels.dense_sparse.dequantized import Dequantized
@@ -14,7 +15,7 @@ from requant_kernels.prepared import Prepared
 from requant_kernels.weight import DenseSparseWeight
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    one.name: one for one in (TRITON, CpuInt4Native(), CpuInt4(), Dequantized())
+    one.name: one for one in (TRITON, CpuBf16(), CpuInt4Native(), CpuInt4(), Dequantized())
 }
 
 

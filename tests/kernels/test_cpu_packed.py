@@ -1,5 +1,5 @@
-"""The packed 4-bit path on a CPU, from torch's operators and in C++: its layout is what we believe, both regimes say
-the same, memory stays small."""
+"""Packed weights on a CPU, multiplied by torch's operators and in C++: layouts are what we believe, all regimes say the
+same, memory stays small."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from requant_kernels import native, ops, reference
-from requant_kernels.dense_sparse import cpu_int4, cpu_int4_native, int4_panels
+from requant_kernels.dense_sparse import cpu_bf16, cpu_int4, cpu_int4_native, int4_panels
 from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
@@ -24,22 +24,38 @@ pytestmark = pytest.mark.skipif(bool(int4_panels.unavailable()), reason=int4_pan
 SHAPE = (200, 256)
 
 
-BUILT = {cpu_int4: cpu_int4.CpuInt4(), cpu_int4_native: cpu_int4_native.CpuInt4Native()}
+BUILT = {
+    cpu_int4: cpu_int4.CpuInt4(),
+    cpu_int4_native: cpu_int4_native.CpuInt4Native(),
+    cpu_bf16: cpu_bf16.CpuBf16(),
+}
+IN_CPP = {cpu_int4_native: "cpu_int4_linear", cpu_bf16: "cpu_bf16_linear"}
+
+
+def name(module) -> str:
+    return BUILT[module].name
+
+
+def usable(module):
+    """Where an implementation is, if it can be had here."""
+    if module.unavailable():
+        pytest.skip(module.unavailable())
+    return module
 
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """The operator in C++ is there."""
-    if cpu_int4_native.unavailable():
-        pytest.skip(cpu_int4_native.unavailable())
+    usable(cpu_int4_native)
 
 
-@pytest.fixture(params=BUILT, ids=lambda module: BUILT[module].name)
+@pytest.fixture(params=BUILT, ids=name)
 def module(request):
-    """Where an implementation and its settings are."""
-    if request.param is cpu_int4_native:
-        request.getfixturevalue("compiled")
-    return request.param
+    return usable(request.param)
+
+
+@pytest.fixture(scope="module", params=IN_CPP, ids=name)
+def native_module(request):
+    return usable(request.param)
 
 
 def prepare(module, weight: DenseSparseWeight) -> Prepared:
@@ -62,13 +78,13 @@ def test_every_regime_decodes_what_the_reference_does(module, bits, group_size, 
     expected = reference.dequantize(weight).T
     # Off the grid of bf16 only by its own rounding, and by that of the 4-bit zero term.
     tolerance = {"rtol": 2**-7, "atol": 2**-7 * float(weight.scale.max()) * 8}
-    for tokens in (1, 7, 16, SHAPE[1]):
+    for tokens in (1, 7, 16, 20, SHAPE[1]):
         y = torch.cat([ops.dense_sparse_linear(part, prepared) for part in unit.split(tokens)])
         torch.testing.assert_close(y.float(), expected, **tolerance)
 
 
 @pytest.mark.parametrize("bits", [2, 3], ids=lambda bits: f"{bits} bit")
-def test_narrow_codes_lose_nothing_in_the_4_bit_grid(module, bits):
+def test_narrow_codes_lose_nothing(module, bits):
     weight = random_weight(LayerScheme(WeightScheme(bits, 64, symmetric=False)), SHAPE)
     y = ops.dense_sparse_linear(torch.eye(SHAPE[1], dtype=torch.bfloat16), prepare(module, weight))
     assert torch.equal(y, reference.dequantize(weight).T.to(torch.bfloat16))
@@ -92,38 +108,39 @@ def test_an_unknown_layout_is_left_to_the_operator():
     torch.testing.assert_close(y, expected, rtol=2**-6, atol=2**-8 * float(expected.abs().max()))
 
 
-def test_the_packed_layer_takes_little_more_than_its_bits(module):
-    weight = random_weight(scheme(4, 64, False), (1024, 1024), density=0.005)
+@pytest.mark.parametrize("bits", [2, 3, 4], ids=lambda bits: f"{bits} bit")
+def test_the_packed_layer_takes_little_more_than_its_bits(module, bits):
+    weight = random_weight(scheme(bits, 64, False), (1024, 1024), density=0.005)
     stored = sum(t.numel() * t.element_size() for t in prepare(module, weight).tensors.values()) * 8 / 1024**2
-    # 4 bit of codes, 32 bit a group of scale and zero, 96 bit an entry
-    assert stored < 4 + 32 / 64 + 96 * 0.005 + 0.1
+    code, entry = (bits, 48) if module is cpu_bf16 else (4, 96)
+    # and 32 bit a group of scale and zero
+    assert stored < code + 32 / 64 + entry * 0.005 + 0.1
 
 
-@pytest.mark.usefixtures("compiled")
 @given(
+    bits=st.sampled_from((2, 3, 4)),
     shape=st.tuples(st.integers(1, 150), st.sampled_from((64, 128, 192, 1088, 2112))),  # 1024 are decoded at a time
-    tokens=st.integers(1, 70),
+    tokens=st.integers(1, 140),
     density=st.sampled_from((0.0, 0.003, 0.1, 1.0)),
     biased=st.booleans(),
     threads=st.integers(1, 3),
 )
-def test_in_one_operator_or_in_many_it_is_the_same(shape, tokens, density, biased, threads):
-    weight = random_weight(scheme(4, 64, False), shape, density=density, seed=shape[0] + tokens)
+def test_in_one_operator_or_in_many_it_is_the_same(native_module, *, bits, shape, tokens, density, biased, threads):
+    weight = random_weight(scheme(bits, 64, False), shape, density=density, seed=shape[0] + tokens)
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, shape[1], generator=generator).bfloat16()
     bias = torch.randn(shape[0], generator=generator).bfloat16() if biased else None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    native, many = (ops.dense_sparse_linear(x, prepare(module, weight), bias) for module in (cpu_int4_native, cpu_int4))
+    native, many = (ops.dense_sparse_linear(x, prepare(module, weight), bias) for module in (native_module, cpu_int4))
     torch.set_num_threads(before)
     size = x.float().abs() @ reference.dequantize(weight).abs().T
     assert ((native.float() - many.float()).abs() <= 2**-7 * size + 2**-7 * many.float().abs() + 1e-6).all()
 
 
-@pytest.mark.usefixtures("compiled")
-def test_the_compiler_sees_one_operator_for_every_number_of_tokens():
+def test_the_compiler_sees_one_operator_for_every_number_of_tokens(native_module):
     weight = random_weight(scheme(4, 64, False), SHAPE)
-    prepared = prepare(cpu_int4_native, weight)
+    prepared = prepare(native_module, weight)
     compiled = torch.compile(
         lambda x: ops.dense_sparse_linear(x, prepared), fullgraph=True, dynamic=True, backend="eager"
     )
@@ -132,12 +149,11 @@ def test_the_compiler_sees_one_operator_for_every_number_of_tokens():
         assert torch.equal(compiled(x), ops.dense_sparse_linear(x, prepared))
 
 
-@pytest.mark.usefixtures("compiled")
-def test_the_operator_is_what_torch_expects():
-    prepared = prepare(cpu_int4_native, random_weight(scheme(4, 64, False), SHAPE))
+def test_the_operator_is_what_torch_expects(native_module):
+    prepared = prepare(native_module, random_weight(scheme(4, 64, False), SHAPE))
     x, tensors = torch.randn(3, SHAPE[1]).to(torch.bfloat16), list(prepared.tensors.values())
     arguments = (x, tensors, None, SHAPE[0], *prepared.meta)
-    torch.library.opcheck(torch.ops.requant.cpu_int4_linear.default, arguments)
+    torch.library.opcheck(getattr(torch.ops.requant, IN_CPP[native_module]).default, arguments)
 
 
 NARROW = """
@@ -146,7 +162,7 @@ from requant_kernels import reference
 from requant_kernels.dense_sparse import cpu_int4_native
 from requant_kernels.dense_sparse.interface import LayerConfig
 from tests.kernels.strategies import random_weight
-from tests.kernels.test_cpu_int4 import scheme
+from tests.kernels.test_cpu_packed import scheme
 assert not cpu_int4_native.unavailable(), cpu_int4_native.unavailable()
 weight = random_weight(scheme(4, 64, False), (200, 256))
 config = LayerConfig.of(weight, torch.bfloat16, torch.device("cpu"))
