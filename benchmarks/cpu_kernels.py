@@ -1,6 +1,7 @@
 """The quantized products of a CPU beside the unquantized ones that vLLM runs there, on the layers of real models.
 
     python benchmarks/cpu_kernels.py [--shapes 960x576,3072x576,…] [--tokens 1,8,64,512] [--threads 1] [--seconds 1]
+                                     [--only cpu_bf16]
 
 Prints a Markdown table: microseconds of processor time for one layer with bfloat16 inputs (float32: with its own), and
 how often an unquantized bfloat16 layer takes that. Each cell is the least of several runs, which alternate between the
@@ -12,6 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,22 +23,28 @@ from requant_kernels import reference
 from requant_kernels.dense_sparse import dispatch as dense_sparse
 from requant_kernels.dense_sparse.interface import LayerConfig as DenseSparseConfig
 from requant_kernels.rounding.layer import round_layer
-from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme, WeightScheme
+from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.sparse import SparsePart
 from requant_kernels.w8a8 import dispatch as w8a8
 from requant_kernels.w8a8.interface import LayerConfig as W8A8Config
+from requant_kernels.weight import DenseSparseWeight
 
 Call = Callable[[], torch.Tensor]
 CPU = torch.device("cpu")
 DTYPE = torch.bfloat16
 CACHE_BYTES = 64 << 20  # more than the last-level cache of most machines
 SHAPES = "960x576,3072x576,576x1536,49152x576,16384x2048,2048x8192"  # SmolLM2-135M, then Llama-3.2-1B's MLP
+ENTRIES = "0.5 % entries"
 SCHEMES = {
-    "W4 g64": LayerScheme(WeightScheme(4, 64, symmetric=False)),
+    **{f"W{bits} g64": LayerScheme(WeightScheme(bits, 64, symmetric=False)) for bits in (4, 3, 2)},
+    f"W4 g64, {ENTRIES}": LayerScheme(WeightScheme(4, 64, symmetric=False), SparseScheme()),
     "W8A8": LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True)),
     "W8A8 asymmetric": LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True, symmetric=False)),
 }
+VLLM = "W4 g64 symmetric, vLLM"
 QUANTIZED = [
-    *((name, "W4 g64") for name in ("cpu_bf16", "cpu_int4_native")),
+    *(("cpu_bf16", kind) for kind in ("W4 g64", f"W4 g64, {ENTRIES}", "W3 g64", "W2 g64")),
+    ("cpu_int4_native", "W4 g64"),
     *((name, kind) for name in ("cpu_int8_avx512", "cpu_int8_avx2", "onednn") for kind in ("W8A8", "W8A8 asymmetric")),
     ("fbgemm", "W8A8"),
 ]
@@ -55,7 +63,10 @@ def unquantized(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call
 
 def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, scheme: LayerScheme) -> list[Call]:
     """Nothing where the implementation can not run here. Raises RuntimeError where it is wrong."""
-    layer = round_layer(weight, scheme)
+    layer = round_layer(weight, replace(scheme, sparse=None))
+    if isinstance(layer, DenseSparseWeight) and scheme.sparse:
+        chosen_at = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.005
+        layer = replace(layer, scheme=scheme, sparse=SparsePart.from_mask(weight, chosen_at))
     dispatch: Any = w8a8 if scheme.activations else dense_sparse
     kind: Any = W8A8Config if scheme.activations else DenseSparseConfig
     chosen, config = dispatch.IMPLEMENTATIONS[name], kind.of(layer, DTYPE, CPU)
@@ -77,10 +88,11 @@ def vllms_own(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 
     layer = round_layer(weight, LayerScheme(WeightScheme(4, 64, symmetric=True)))
+    assert isinstance(layer, DenseSparseWeight)
     assert layer.scale is not None
     eights = layer.codes().to(torch.int32).view(-1, 2, 8, weight.shape[1]).permute(0, 3, 1, 2)  # rows of a word
-    words = (eights << torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32).flatten(1)
-    packed, scales = [words.clone() for _ in range(copies)], layer.scale.T.contiguous()
+    words = torch.bitwise_left_shift(eights, torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    packed, scales = [words.flatten(1).clone() for _ in range(copies)], layer.scale.T.contiguous()
     calls: list[Call] = [partial(cpu_gemm_wna16, x, one, scales, None, None, 8, _get_isa_hint(DTYPE)) for one in packed]
     check("vLLM", calls[0](), reference.linear(x, layer))
     return calls
@@ -106,15 +118,17 @@ def least_seconds(columns: dict[str, list[Call]], seconds: float) -> dict[str, f
     return least
 
 
-def measure(shape: tuple[int, int], tokens: int, seconds: float) -> dict[str, float]:
-    """Seconds of processor time by column."""
+def measure(shape: tuple[int, int], tokens: int, seconds: float, only: str) -> dict[str, float]:
+    """Seconds of processor time by column; of the quantized ones those whose name has ``only`` in it."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DTYPE)
     x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(DTYPE)
     copies = -(-CACHE_BYTES // weight.numel())
     columns = {"bfloat16": unquantized(weight, x, copies), "float32": unquantized(weight.float(), x.float(), copies)}
-    columns["W4 g64 symmetric, vLLM"] = vllms_own(weight, x, copies)
+    if only in VLLM:
+        columns[VLLM] = vllms_own(weight, x, copies)
     for name, kind in QUANTIZED:
-        columns[f"{kind}, {name}"] = quantized(weight, x, copies, name, SCHEMES[kind])
+        if only in (column := f"{kind}, {name}"):
+            columns[column] = quantized(weight, x, copies, name, SCHEMES[kind])
     return least_seconds({column: calls for column, calls in columns.items() if calls}, seconds)
 
 
@@ -128,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=lambda text: [int(one) for one in text.split(",")], default="1,8,64,512")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1, help="for each cell")
+    parser.add_argument("--only", default="", metavar="TEXT", help="quantized columns with it in their name")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     from vllm.platforms import current_platform
@@ -136,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for shape in arguments.shapes:
         for tokens in arguments.tokens:
-            found = measure(shape, tokens, arguments.seconds)
+            found = measure(shape, tokens, arguments.seconds, arguments.only)
             base = found.pop("bfloat16")
             times = {one: f"{seconds * 1e6:.0f} ({base / seconds:.1f}x)" for one, seconds in found.items()}
             rows.append((f"{shape[0]} x {shape[1]}", str(tokens), f"{base * 1e6:.0f}", *times.values()))

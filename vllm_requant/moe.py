@@ -1,16 +1,19 @@
-"""Quantized routed experts in vLLM: each is loaded, cut and laid out like any linear layer, and they run in turn."""
+"""Quantized routed experts in vLLM: each is loaded and cut like any linear layer. Where all of a layer have one scheme,
+and the GPU's kernels take it, they are laid out as one layer of experts; elsewhere one by one, and run in turn."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from requant_kernels.dense_sparse import dispatch as dense_sparse
+from requant_kernels.dense_sparse.triton import experts as triton_experts
 from requant_kernels.errors import SchemeError
 from requant_kernels.experts import Expert, run_experts
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.ops import dense_sparse_linear, w8a8_linear
-from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.w8a8 import dispatch as w8a8
 from vllm.config import CUDAGraphMode, get_current_vllm_config
@@ -22,6 +25,7 @@ from vllm_requant.dummy import dummy_layer
 from vllm_requant.parameters import QUANTIZED, TENSORS, LayerLoader
 from vllm_requant.sharding import LocalIndex
 
+_LOG = logging.getLogger(__name__)
 # The two products of an expert, by vLLM's name of each, and those of the stored layers that it is made of.
 SHARDS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 PLACES = {shard: (part, position) for part, shards in SHARDS.items() for position, shard in enumerate(shards)}
@@ -78,43 +82,47 @@ def _refuse_unsupported(layer: RoutedExperts, prefix: str) -> None:
             raise SchemeError(f"{prefix}: quantized experts can not be served with {what}")
 
 
-def refuse_graphs(device: torch.device, mode: CUDAGraphMode | None, prefix: str) -> None:
-    """Raises SchemeError where vLLM would record the experts ``prefix`` in CUDA graphs of that ``mode``."""
+def refuse_graphs(device: torch.device, mode: CUDAGraphMode | None, prefix: str, reason: str) -> None:
+    """Raises SchemeError where vLLM would record the experts ``prefix`` in CUDA graphs of that ``mode``, although they
+    have to run in turn for that ``reason``."""
     if device.type == "cuda" and mode not in (None, CUDAGraphMode.NONE):
         raise SchemeError(
-            f"{prefix}: quantized experts can not be recorded in CUDA graphs, because which of them run depends on the "
-            "tokens; serve with --enforce-eager, or compiled with -cc.cudagraph_mode=NONE"
+            f"{prefix}: quantized experts that run in turn ({reason}) can not be recorded in CUDA graphs, because it "
+            "depends on the tokens which do; serve with --enforce-eager, or compiled with -cc.cudagraph_mode=NONE"
         )
 
 
+def why_in_turn(stored: Sequence[dict[str, Stored]], dtype: torch.dtype, device: torch.device) -> str:
+    """What in their schemes keeps the experts of a layer from being one; nothing where they can be."""
+    for part in SHARDS:
+        first, *others = (expert[part] for expert in stored)
+        for other in others:
+            if other.scheme != first.scheme:
+                return f"{other.names[0]} and {first.names[0]} differ in scheme"
+        able, reason = triton_experts.can_implement(first.scheme, dtype, device)
+        if not able:
+            return reason
+    return ""
+
+
 class Product:
-    """One product of one expert on this rank: a function of x [M, K] as soon as it is loaded."""
+    """One product of one expert, laid out: a function of x [M, K]."""
 
-    _prepared: Prepared
-
-    def __init__(
-        self, stored: Stored, index: LocalIndex, shape: tuple[int, int], dtype: torch.dtype, max_tokens: int
-    ) -> None:
-        """``shape`` [N, K]: on this rank."""
-        self._scheme, self._shape, self._dtype = stored.scheme, shape, dtype
-        self._device, self._max_tokens = torch.get_default_device(), max_tokens
-        self.loader = LayerLoader(stored.names, stored.scheme, QUANTIZED, index, self._prepare)
-
-    def fill(self) -> None:
-        """For ``--load-format dummy``."""
-        self._prepare(dummy_layer(self._scheme, *self._shape, self._dtype))
-
-    def _prepare(self, weight: QuantizedLayer) -> None:
-        dispatch: Any = w8a8 if self._scheme.activations else dense_sparse
-        self._prepared = dispatch.prepare(weight, self._dtype, self._device)
+    def __init__(self, weight: QuantizedLayer, dtype: torch.dtype, device: torch.device, max_tokens: int) -> None:
+        activations = bool(weight.scheme.activations)
+        dispatch: Any = w8a8 if activations else dense_sparse
+        self._linear = w8a8_linear if activations else dense_sparse_linear
+        self._prepared = dispatch.prepare(weight, dtype, device)
         correction = weight.bias_correction
-        biased = [correction is not None]
-        dispatch.warm_up(self._prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
-        self._correction = None if correction is None else correction.to(self._device, self._dtype)
+        dispatch.warm_up(self._prepared, dtype, device, limit=max_tokens, biased=[correction is not None])
+        self._correction = None if correction is None else correction.to(device, dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        linear = w8a8_linear if self._scheme.activations else dense_sparse_linear
-        return linear(x, self._prepared, self._correction)
+        return self._linear(x, self._prepared, self._correction)
+
+
+# x [M, C], the weights [M, k] of each token's experts, and their numbers -> [M, C]
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -124,8 +132,9 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """``stored``: of each expert, by product."""
         super().__init__(moe)
         self._stored = stored
-        self._products: list[dict[str, Product]] = []
-        self.experts: list[Expert] = []
+        self._loaders: list[dict[str, LayerLoader]] = []
+        self._weights: list[dict[str, Any]] = [{} for _ in stored]  # until they are laid out
+        self.run: Experts
 
     def create_weights(
         self,
@@ -138,9 +147,12 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     ) -> None:
         """Registers empty parameters that hand the file's tensors to the products they belong to."""
         config = get_current_vllm_config()
-        refuse_graphs(torch.get_default_device(), config.compilation_config.cudagraph_mode, layer.layer_name)
+        self._dtype, self._device = params_dtype, torch.get_default_device()
+        self._name, self._graphs = layer.layer_name, config.compilation_config.cudagraph_mode
+        self._settle(why_in_turn(self._stored, self._dtype, self._device))
         self._dummy = config.load_config.load_format == "dummy"
-        shapes = {
+        self._max_tokens = config.scheduler_config.max_num_batched_tokens
+        self._shapes = shapes = {
             "w13": (2 * intermediate_size_per_partition, hidden_size),
             "w2": (hidden_size, intermediate_size_per_partition),
         }
@@ -149,10 +161,12 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             part: LocalIndex(self.moe, shape, part == "w2", _placing(loader, num_experts, SHARDS[part]))
             for part, shape in shapes.items()
         }
-        max_tokens = config.scheduler_config.max_num_batched_tokens
-        self._products = [
-            {part: Product(one, indices[part], shapes[part], params_dtype, max_tokens) for part, one in expert.items()}
-            for expert in self._stored
+        self._loaders = [
+            {
+                part: LayerLoader(one.names, one.scheme, QUANTIZED, indices[part], partial(self._take, number, part))
+                for part, one in expert.items()
+            }
+            for number, expert in enumerate(self._stored)
         ]
         for name, tensor in _placeholders().items():
             empty = torch.nn.Parameter(torch.empty(0, dtype=TENSORS[tensor] or params_dtype), requires_grad=False)
@@ -169,20 +183,52 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return_success: bool = False,
         ) -> bool:
             part, position = PLACES[shard_id]
-            self._products[expert_id][part].loader.load(tensor, loaded_weight, position)
+            self._loaders[expert_id][part].load(tensor, loaded_weight, position)
             return True
 
         return load
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory."""
-        for expert in self._products:
-            for product in expert.values():
-                product.fill() if self._dummy else product.loader.check_complete()
-                product.loader.close()
+        for number, expert in enumerate(self._loaders):
+            for part, loader in expert.items():
+                if self._dummy:
+                    scheme = self._stored[number][part].scheme
+                    self._take(number, part, dummy_layer(scheme, *self._shapes[part], self._dtype))
+                else:
+                    loader.check_complete()
+                loader.close()
         for name in _placeholders():
             delattr(layer, name)
-        self.experts = [Expert(expert["w13"], expert["w2"]) for expert in self._products]
+
+    def _settle(self, reason: str) -> None:
+        """Whether the experts run in turn, for that ``reason``. Raises SchemeError where they must not."""
+        self._in_turn = reason
+        if reason:
+            refuse_graphs(self._device, self._graphs, self._name, reason)
+
+    def _take(self, number: int, part: str, weight: QuantizedLayer) -> None:
+        """A product of expert ``number`` is loaded; with the last of them all are laid out."""
+        self._weights[number][part] = weight
+        if any(len(weights) < len(SHARDS) for weights in self._weights):
+            return
+        gate_up, down = ([weights[part] for weights in self._weights] for part in SHARDS)
+        self._weights.clear()
+        if not self._in_turn:
+            self._settle(triton_experts.unfit((gate_up[0], down[0]), self._dtype, self._device))
+        if self._in_turn:
+            _LOG.info("%s: experts run in turn (%s)", self._name, self._in_turn)
+            products = (
+                [Product(weight, self._dtype, self._device, self._max_tokens) for weight in weights]
+                for weights in (gate_up, down)
+            )
+            experts = [Expert(*both) for both in zip(*products, strict=True)]
+            self.run = partial(run_experts, experts=experts)
+            return
+        _LOG.info("%s: experts run as one layer", self._name)
+        together = triton_experts.RoutedExperts(gate_up, down, self._device)
+        together.warm_up(self._dtype, self._device, top=self.moe.experts_per_token, limit=self._max_tokens)
+        self.run = together
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> None:
         """For vLLM's own kernels, none of which runs here."""
@@ -220,7 +266,7 @@ def _routed_experts(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str
 ) -> torch.Tensor:
     runner: Any = get_forward_context().no_compile_layers[layer_name]
-    return run_experts(x, topk_weights, topk_ids, runner.routed_experts.quant_method.experts)
+    return runner.routed_experts.quant_method.run(x, topk_weights, topk_ids)
 
 
 def _fake(x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: str) -> torch.Tensor:

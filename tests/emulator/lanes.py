@@ -105,6 +105,7 @@ ARITHMETIC: dict[str, Callable[..., Array]] = {
     "shl": _shift(True),
     "shr": _shift(False),
     "mov": lambda value: value,
+    "ex2": np.exp2,
 }
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal,

@@ -10,7 +10,8 @@ from tests.emulator.ptx import Instruction
 from tests.emulator.registers import Registers, Warp
 
 Step = Callable[[Warp], None]
-MODIFIERS = {"rn", "rzi", "lo", "hi", "wide", "relu", *lanes.COMPARISONS, *lanes.KINDS}
+# "approx" and "full" of a GPU are off by a bit or two of what is computed here
+MODIFIERS = {"rn", "rzi", "lo", "hi", "wide", "relu", "approx", "full", *lanes.COMPARISONS, *lanes.KINDS}
 
 
 def size_of(kind: str) -> int:
@@ -43,6 +44,7 @@ def _function(parts: tuple[str, ...]) -> Callable[..., Array]:
         "selp": lambda: _select(kind),
         "prmt": lambda: lanes.permute,
         "bfe": lambda: lanes.bit_field(kind),
+        "popc": lambda: lambda a: np.bitwise_count(typed(a, kind)).astype(np.uint32),
     }
     if name in special:
         return special[name]()

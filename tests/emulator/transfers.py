@@ -4,6 +4,7 @@ Copies to shared memory (cp.async) are announced when they begin and land when t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -158,28 +159,33 @@ def store_matrix(registers: Registers, instruction: Instruction) -> Step:
 
 
 def shuffle(registers: Registers, instruction: Instruction) -> Step:
-    """shfl.sync.bfly and shfl.sync.idx among all lanes."""
+    """shfl.sync.bfly, .idx and .up among all lanes; what would come up from below the first stays as it was."""
     mode = instruction.parts[2]
     to, of, by, clamp, members = instruction.operands
-    if mode not in ("bfly", "idx") or clamp != 31 or members != -1:
+    if {"bfly": 31, "idx": 31, "up": 0}.get(mode) != clamp or members != -1:
         raise NotImplementedError(instruction.text)
     target, source, lane = registers.slot(to), registers.slot(of), registers.slot(by)
 
     def step(warp: Warp) -> None:
-        at = warp.registers[lane] % 32
-        warp.registers[target] = warp.registers[source][LANES ^ at if mode == "bfly" else at]
+        at = warp.registers[lane].astype(np.int64) % 32
+        if mode == "bfly":
+            at = LANES ^ at
+        elif mode == "up":
+            at = np.where(at <= LANES, LANES - at, LANES)
+        warp.registers[target] = warp.registers[source][at]
 
     return step
 
 
 def reduce(registers: Registers, instruction: Instruction) -> Step:
     """redux.sync over all lanes."""
-    choose, kind = {"min": np.min, "max": np.max}[instruction.parts[2]], instruction.parts[3]
+    ways: dict[str, Any] = {"min": np.min, "max": np.max, "add": np.sum}
+    choose, kind = ways[instruction.parts[2]], instruction.parts[3]
     target, source = registers.slot(instruction.operands[0]), registers.slot(instruction.operands[1])
 
     def step(warp: Warp) -> None:
         values = typed(warp.registers[source], kind)
-        warp.registers[target] = untyped(np.full(32, choose(values), dtype=values.dtype))
+        warp.registers[target] = untyped(np.full(32, choose(values).astype(values.dtype)))
 
     return step
 

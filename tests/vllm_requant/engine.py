@@ -4,7 +4,8 @@ A job is {"model": folder, "prompts": [[token, ...], ...], **arguments of vllm.L
 {"logprobs": [[tokens-1, vocabulary] per prompt], "generated": [[token, ...] per prompt], ...} or {"error": text}.
 With "turns", one engine is asked several times, and the result is a list of one for each: a turn is a mapping of
 {"ask": one of ASK, by default "generate"; "prompts": others than the job's; **other arguments of the question}.
-With "cached_graphs", graphs are compiled and cached as on a GPU.
+With "cached_graphs", graphs are compiled and cached as on a GPU. With "interpreted_experts", routed experts run as on
+one, in Triton's interpreter.
 """
 
 import gc
@@ -55,6 +56,8 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     prompts, turns = job.pop("prompts", []), job.pop("turns", None)
     if job.pop("cached_graphs", False):
         _compile_as_on_a_gpu()
+    if job.pop("interpreted_experts", False):
+        _interpret_experts()
     backend = "mp" if _processes(job) > 1 else "uni"
     try:
         llm = LLM(**COMMON | {"distributed_executor_backend": backend} | job)
@@ -81,6 +84,21 @@ def _compile_as_on_a_gpu() -> None:
         config.compilation_config.compile_sizes = []
 
     CpuPlatform.check_and_update_config = staticmethod(stay)
+
+
+def _interpret_experts() -> None:
+    """TRITON_INTERPRET must have been set when the process started."""
+    from dataclasses import replace
+
+    from requant_kernels.dense_sparse.triton import experts
+    from requant_kernels.dense_sparse.triton.table import tables
+
+    import tests.kernels.triton.interpreter_bf16
+
+    assert tests.kernels.triton.interpreter_bf16
+    experts.can_implement = lambda scheme, dtype, device: (True, "")
+    experts.RoutedExperts.warm_up = lambda *arguments, **limits: None  # there is nothing to compile
+    experts.table_of = lambda device: replace(tables()["h200"], pdl=False)
 
 
 def _generate(

@@ -59,6 +59,21 @@ def test_dense_plus_sparse(monitor, rows, columns, scheme):
             serve(implementation, prepared, columns, tokens)
 
 
+def test_routed_experts(monitor):
+    from requant_kernels.dense_sparse.triton.experts import RoutedExperts
+    from requant_kernels.dense_sparse.triton.table import tables
+
+    scheme, experts, top = LayerScheme(WeightScheme(4, 64), SparseScheme()), 6, 2
+    gate_up, down = ([random_weight(scheme, shape)] * experts for shape in ((256, 1024), (1024, 128)))
+    with emulated(90, runs=False):
+        layer = RoutedExperts(gate_up, down, CPU, tables()["h200"])
+        layer.warm_up(torch.bfloat16, CPU, top=top, limit=LIMIT)
+        monitor()
+        for tokens in TOKENS:
+            ids = torch.zeros(tokens, top, dtype=torch.int32)
+            layer(torch.empty(tokens, 1024, dtype=torch.bfloat16), torch.zeros(tokens, top), ids)
+
+
 @pytest.mark.parametrize("shape", [(256, 1024), (80, 333)], ids=str)
 def test_w8a8(monitor, shape):
     from requant_kernels.w8a8.triton.implementation import Triton

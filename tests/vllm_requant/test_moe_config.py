@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from requant_kernels import gpu
 from requant_kernels.errors import SchemeError
-from requant_kernels.scheme import CheckpointScheme, LayerScheme, WeightScheme
+from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, CheckpointScheme, LayerScheme, WeightScheme
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
 
 from vllm_requant.config import RequantConfig
-from vllm_requant.moe import RequantExpertsMethod, refuse_graphs
+from vllm_requant.moe import RequantExpertsMethod, refuse_graphs, why_in_turn
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
+W8A8 = LayerScheme(W8A8_WEIGHTS, None, ActivationScheme(dynamic=True))
 PREFIX = "model.layers.0.mlp.experts"
 
 
@@ -85,13 +87,35 @@ def test_what_cannot_be_served_with_is_refused_by_name(unusual, named):
 @pytest.mark.parametrize("mode", [mode for mode in CUDAGraphMode if mode != CUDAGraphMode.NONE])
 def test_cuda_graphs_are_refused_with_the_way_out(mode):
     with pytest.raises(
-        SchemeError, match=rf"^{PREFIX}: .* CUDA graphs, .* --enforce-eager, .* -cc\.cudagraph_mode=NONE"
+        SchemeError, match=rf"^{PREFIX}: .*\(why\) .* CUDA graphs, .* --enforce-eager, .* -cc\.cudagraph_mode=NONE"
     ):
-        refuse_graphs(torch.device("cuda"), mode, PREFIX)
+        refuse_graphs(torch.device("cuda"), mode, PREFIX, "why")
 
 
 @pytest.mark.parametrize(
     ("device", "mode"), [("cuda", CUDAGraphMode.NONE), ("cuda", None), ("cpu", CUDAGraphMode.FULL_AND_PIECEWISE)]
 )
 def test_experts_run_where_no_graph_is_recorded(device, mode):
-    refuse_graphs(torch.device(device), mode, PREFIX)
+    refuse_graphs(torch.device(device), mode, PREFIX, "why")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "reason"),
+    [
+        ({}, torch.bfloat16, ""),
+        ({r".*\.down_proj": W3}, torch.bfloat16, ""),  # all experts alike
+        ({r".*experts\.1\.(gate|up)_proj": W3}, torch.bfloat16, "1.gate_proj and .*0.gate_proj differ in scheme"),
+        ({r".*": W8A8}, torch.bfloat16, "int8 inputs"),
+        ({}, torch.float32, "activations of torch.float32: serve with --dtype bfloat16 or float16"),
+    ],
+    ids=["alike", "by product", "one differs", "int8", "float32"],
+)
+def test_experts_are_one_layer_where_their_schemes_allow_it(overrides, dtype, reason, monkeypatch):
+    monkeypatch.setattr(gpu, "able", lambda device: (True, ""))
+    stored = method(layer(), overrides=overrides)._stored
+    assert re.search(f"{reason}$", why_in_turn(stored, dtype, torch.device("cuda")))
+
+
+def test_experts_run_in_turn_on_a_cpu():
+    stored = method(layer())._stored
+    assert why_in_turn(stored, torch.bfloat16, torch.device("cpu")) == "runs on CUDA devices, not on cpu"

@@ -108,6 +108,19 @@ def test_a_reload_is_refused(one_rank):
     assert re.search(refused, one_rank["reloaded"][0].get("error", "it was done"))
 
 
+def test_experts_as_one_layer(folder, checkpoints):
+    """As on a GPU, but for the interpreter, which takes a while for each token."""
+    scheme = CheckpointScheme(layer(4, 64, symmetric=False), ignore=AS_THEY_ARE)
+    model = quantize(folder / "mixtral", folder / "alike", scheme)
+    few = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "max_model_len": 16}
+    job = {"model": model, "prompts": PROMPTS[1:], "dtype": "bfloat16", "enforce_eager": True, **few}
+    jobs = [job | {"interpreted_experts": True, "turns": [{"max_tokens": 1}]}]
+    [[result]] = run_jobs(jobs, folder / "interpreted", TRITON_INTERPRET="1")
+    [expected] = logprobs(decoded(model, folder / "alike decoded"))[1:]
+    assert_equal(result, [expected], atol=0.03)
+    assert "experts run as one layer" in (folder / "interpreted" / "log").read_text()
+
+
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_expert_is_refused_by_name(name, one_rank):
     assert re.search(re.escape(TAMPERED[name][1]), one_rank[name].get("error", "it was served"))

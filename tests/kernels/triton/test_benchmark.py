@@ -48,6 +48,20 @@ def test_the_tiny_benchmark_of_int8_layers(tmp_path):
     assert "vLLM cutlass: not measured: " in said or torch.cuda.is_available()
 
 
+def test_the_tiny_benchmark_of_experts(tmp_path):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(SCRIPT.with_name("experts.py")), "--tiny", "--json", str(report)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(report.read_text())["cells"]
+    ours = [cell for cell in cells if cell["kernel"].startswith("W4 g128")]
+    assert {(cell["kernel"][-4:], cell["tokens"]) for cell in ours} == {
+        (density, tokens) for density in ("0.5%", "0.0%") for tokens in (1, 6)
+    }
+    assert all(cell["error"] < 1e-3 for cell in ours)
+
+
 def test_peers_multiply_by_our_weights():
     """What vLLM's Triton kernel makes of the layer that we hand it, decoded as that kernel decodes it."""
     pytest.importorskip("vllm", reason="the package vllm is not installed")

@@ -5,6 +5,8 @@
 
 Each group of warps multiplies its own blocks of columns by its own slice of x (a batched product on the tensor cores)
 and walks its own share of the sparse entries; the partial sums meet once, in the program's shared memory.
+
+Of a layer of routed experts, stacked along the rows, a program takes rows of the one expert that its tokens go to.
 """
 
 import triton
@@ -37,6 +39,7 @@ from requant_kernels.dense_sparse.triton.gather import (
     multiply_lists,
     no_products,
     parts_of,
+    rows_of,
 )
 
 
@@ -45,20 +48,25 @@ from requant_kernels.dense_sparse.triton.gather import (
 )
 def few_kernel(
     x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
-    owners_ptr, further_ptr, entries_ptr, segments_ptr, bounds_ptr,
+    owners_ptr, further_ptr, entries_ptr, segments_ptr, bounds_ptr, pairs_ptr, experts_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
-    QUADS: tl.constexpr,
+    QUADS: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; ``finish`` says what SPLIT does.
 
-    Grid (lists / S, splits of the columns). Lists beyond ``strips`` are the overflow of crowded strips (layout.py):
-    they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel`` adds back.
+    With TOP the layer is experts of N rows each, and y has M rows, one for each pair of a token and an expert: row p of
+    y is row p // TOP of x times its expert. pairs int32 [blocks of tokens, TOKENS], M where there is none; experts
+    int32 [blocks of tokens], negative where a block is not used.
+
+    Grid (lists / S, of one expert with TOP, splits of the columns, blocks of tokens). Lists beyond ``strips`` are the
+    overflow of crowded strips (lists.py): they have no dense part, and their sums go to shares beyond N, which
+    ``reduce_kernel`` adds back.
     scales: int32 words [.., width], or the levels.
-    xt: x^T [K, TOKENS], zero beyond M, where it is TRANSPOSED, or x itself; Q steps of slots go with each block of
-    columns, and what is left of them, with REST, comes after all blocks.
+    xt: x^T [K, TOKENS], zero beyond M, of each block of tokens, where it is TRANSPOSED, or x itself; Q steps of slots
+    go with each block of columns, and what is left of them, with REST, comes after all blocks.
     """
     if PDL:
         gdc_launch_dependents()
@@ -84,14 +92,36 @@ def few_kernel(
     AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
     PARTS: tl.constexpr = parts_of(TOKENS, TRANSPOSED)
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8
-    first = tl.program_id(0) * S
+    tile_at = tl.program_id(0)
+    tiles = tl.num_programs(0)
+    first = tile_at * S
+    n = first * 16 + tl.arange(0, 16 * S)
+    m = tl.arange(0, TOKENS)
+    from_m = m  # rows of x
+    gathered_m = m  # rows, or columns, of what entries read
+    sources = M  # and how many there are
+    if TOP:
+        if PDL:
+            gdc_wait()
+        expert = tl.load(experts_ptr + tl.program_id(2))
+        if expert < 0:
+            return
+        pairs_ptr += tl.program_id(2) * TOKENS
+        m = tl.load(pairs_ptr + m)
+        from_m = m // TOP
+        if TRANSPOSED:
+            xt_ptr += tl.program_id(2).to(tl.int64) * K * TOKENS
+        else:
+            gathered_m = from_m
+            sources = M // TOP
+        first += expert * tiles * S
+        tile_at += tl.program_id(2) * tiles
+        tiles *= tl.num_programs(2)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)
     group = tl.arange(0, S * KW * 32) // 32  # of each lane of slots, its ``t``
-    m = tl.arange(0, TOKENS)
-    n = first * 16 + tl.arange(0, 16 * S)
 
     share = tl.cdiv(tl.cdiv(blocks, splits), KW) * KW
     lo = split * share
@@ -117,13 +147,14 @@ def few_kernel(
         inside = (near, far if ALL else near, tl.minimum(steps if ALL else depth, hi * Q))
         slots = fetch_slots(slots_ptr, inside, (lo + group % KW) * Q, depth, 1, Q)
         products = no_products(S * KW, TOKENS, PARTS)
+        rows = rows_of(pairs_ptr, TOKENS, PARTS, 0 if TRANSPOSED else TOP)
         if TOKENS <= 8:
             owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST and EARLY:
         left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, 1)
     if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
         most = most_chunks(bounds_ptr, first, S)
-    if PDL:
+    if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     acc = tl.zeros((BATCH, ROWS, TOKENS), tl.float32)
@@ -138,14 +169,14 @@ def few_kernel(
         if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
             now_slots = slots
             slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
-            gathered = gather_parts(xt_ptr, now_slots, M, K, TOKENS, TRANSPOSED, Q)
+            gathered = gather_parts(xt_ptr, now_slots, rows, sources, K, TOKENS, TRANSPOSED, Q)
         now = scales
         if KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
             scales = load_rows(scales_at + ahead[:, None], width, WORDS)
         for start in tl.static_range(0, 256, COLUMNS):
             k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, COLUMNS)[None, None, :]
-            x = tl.load(x_ptr + m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < last), other=0.0)
+            x = tl.load(x_ptr + from_m[None, :, None] * K + k, mask=(m < M)[None, :, None] & (k < last), other=0.0)
             x = tl.permute(x, (0, 2, 1))
             if QUADS and SPAN > 16:
                 x = quads(x, KW, COLUMNS, TOKENS)
@@ -175,13 +206,13 @@ def few_kernel(
         more = deepest(further_ptr, strip, depth, S) - beside
         rest = beside + split * KW + group % KW
         if EARLY:
-            gathered = gather_parts(xt_ptr, left, M, K, TOKENS, TRANSPOSED, 1)
+            gathered = gather_parts(xt_ptr, left, rows, sources, K, TOKENS, TRANSPOSED, 1)
             products = add_products(products, gathered, left, 1, PARTS, DT)
             rest += splits * KW
             more -= splits * KW
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
-            theirs = gather_parts(xt_ptr, few, M, K, TOKENS, TRANSPOSED, AFTER)
+            theirs = gather_parts(xt_ptr, few, rows, sources, K, TOKENS, TRANSPOSED, AFTER)
             products = add_products(products, theirs, few, AFTER, PARTS, DT)
             rest += splits * KW * AFTER
     if SLOTS or LISTS:
@@ -194,7 +225,7 @@ def few_kernel(
                 most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
-                splits * KW, m, M, K, TOKENS, TRANSPOSED, DT,
+                splits * KW, gathered_m, sources, K, TOKENS, TRANSPOSED, DT,
             )  # fmt: skip
         if KW > 1:
             sums = tl.permute(tl.reshape(sums, (S, KW, 16, TOKENS)), (1, 0, 2, 3))
@@ -204,6 +235,5 @@ def few_kernel(
     y = tl.reshape(acc, (16 * S, TOKENS)) if KW == 1 else tl.sum(acc, 0)
 
     finish(
-        y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tl.program_id(0), tl.num_programs(0),
-        SPLIT, BIAS, DT,
+        y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tile_at, tiles, SPLIT, BIAS, DT,
     )  # fmt: skip

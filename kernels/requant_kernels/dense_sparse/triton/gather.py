@@ -78,15 +78,27 @@ def no_products(L: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def gather_parts(x_ptr, slots, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
-    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L, TOKENS // parts], all parts of
-    one step after all of the step before."""
-    SIZE: tl.constexpr = TOKENS // parts_of(TOKENS, TRANSPOSED)
+def rows_of(pairs_ptr, TOKENS: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr):
+    """Which rows of x, or columns of x^T, each part of the tokens is: a tuple of PARTS int32 [TOKENS // PARTS]. With
+    TOP those of the block of pairs at ``pairs_ptr``."""
+    SIZE: tl.constexpr = TOKENS // PARTS
+    rows = ()
+    for start in tl.static_range(0, TOKENS, SIZE):
+        m = start + tl.arange(0, SIZE)
+        if TOP:
+            m = tl.load(pairs_ptr + m) // TOP
+        rows = rows + (m,)  # noqa: RUF005
+    return rows
+
+
+@triton.jit
+def gather_parts(x_ptr, slots, rows, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
+    """x at the columns of ``slots`` as ``fetch_slots`` gives them, and ``rows_of``: a tuple of DT [32 L, TOKENS //
+    parts], all parts of one step after all of the step before."""
     gathered = ()
     for q in tl.static_range(Q):
-        for start in tl.static_range(0, TOKENS, SIZE):
-            m = start + tl.arange(0, SIZE)
-            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, m, M, K, TOKENS, TRANSPOSED)
+        for part in tl.static_range(parts_of(TOKENS, TRANSPOSED)):
+            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, rows[part], M, K, TOKENS, TRANSPOSED)
             gathered = gathered + (x,)  # noqa: RUF005
     return gathered
 

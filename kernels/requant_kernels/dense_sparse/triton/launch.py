@@ -12,6 +12,7 @@ from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_k
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.routing import transpose_pairs_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
 from requant_kernels.gpu import FP_FUSION
@@ -27,18 +28,46 @@ EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and 
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Which rows of x go to which expert (routing.py).
+
+    pairs int32 [blocks, tokens]: of tokens and experts, ``count`` where there is none; row p of y is row p // top of x
+    times its expert. chosen int32 [blocks]: the expert of a block, negative where it is not used.
+    """
+
+    pairs: torch.Tensor
+    chosen: torch.Tensor
+    count: int
+    top: int
+    experts: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a block."""
+        return self.pairs.shape[1]
+
+    @property
+    def each(self) -> int:
+        """Tokens of an expert, were they shared out evenly."""
+        return -(-self.count // self.experts)
+
+
+@dataclass(frozen=True)
 class Call:
-    """One application of a layer: x [M, K] contiguous and 16-byte aligned, tensors as ``layer.build`` names them."""
+    """One application of a layer: x [M, K] contiguous and 16-byte aligned, tensors as ``layer.build`` names them. With
+    ``routing`` the layer is a stack of experts of ``out_features`` rows each."""
 
     layer: Layer
     x: torch.Tensor
     tensors: list[torch.Tensor]
     bias: torch.Tensor | None
     out_features: int
+    routing: Routing | None = None
 
     @property
     def tokens(self) -> int:
-        return self.x.shape[0]
+        """Rows of y."""
+        return self.routing.count if self.routing else self.x.shape[0]
 
     @property
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,6 +133,15 @@ def column_splits(blocks: int, tiles: int, tile: Tile) -> int:
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
 
 
+def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Grid:
+    """Of a layer, or of ``experts`` that are stacked to one."""
+    beside = layer.beside_slots if tile.kernel == "few" else layer.beside_windows
+    row_tiles = beside.lists // tile.strips // experts
+    tiles = row_tiles * token_tiles
+    splits = column_splits(layer.blocks, tiles, tile) if tiles <= layer.counters else 1
+    return token_tiles, row_tiles, splits
+
+
 @dataclass(frozen=True)
 class Sums:
     """What becomes of the sums (finish.py): ``out`` [M, N] of x's dtype, and fp32 ``shares``, which is ``out`` again
@@ -118,24 +156,22 @@ def run(call: Call, table: Table) -> torch.Tensor:
     """y [M, N] of x's dtype."""
     layer = call.layer
     options = OPTIONS[table.pdl]
-    tile = table.tile(call.tokens, layer.bits, layer.kind == CODEBOOK)
+    routing = call.routing
+    tile = table.tile(routing.tokens if routing else call.tokens, layer.bits, layer.kind == CODEBOOK)
     if tile is None:
         return _decode_and_multiply(call, table.decode)
-    if tile.kernel == "few":
-        launch, beside, lists = _few, layer.beside_slots, call.beside_slots
-    else:
-        launch, beside, lists = _middle, layer.beside_windows, call.beside_windows
-    row_tiles, token_tiles = beside.lists // tile.strips, -(-call.tokens // tile.tokens)
-    tiles = row_tiles * token_tiles
-    splits = column_splits(layer.blocks, tiles, tile) if tiles <= len(call.arrived) else 1
+    few = tile.kernel == "few"
+    token_tiles = len(routing.chosen) if routing else -(-call.tokens // tile.tokens)
+    grid = grid_of(layer, tile, token_tiles, routing.experts if routing else 1)
+    _, row_tiles, splits = grid
+    beside, lists = (layer.beside_slots, call.beside_slots) if few else (layer.beside_windows, call.beside_windows)
     split = LATER if beside.overflow else HERE if splits > 1 else WHOLE
-    grid = (token_tiles, row_tiles, splits)
     out = call.x.new_empty(call.tokens, call.out_features)
     shares = out
     if split != WHOLE:
-        shares = call.x.new_empty(splits, token_tiles, 16 * beside.lists * tile.tokens, dtype=torch.float32)
+        shares = call.x.new_empty(splits, token_tiles * row_tiles, 16 * tile.strips * tile.tokens, dtype=torch.float32)
     sums = Sums(split, out, shares)
-    launch(call, tile, grid, sums, options)
+    (_few if few else _middle)(call, tile, grid, sums, options)
     if split == LATER:
         _reduce(call, tile, grid, sums, lists[-1], options)
     return out
@@ -169,13 +205,20 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     q = max(1, min(call.layer.steps, most_steps(tile)))
     rest = call.layer.steps > q or bool(call.layer.deepened)
     layer = call.layer
-    constants["TRANSPOSED"] = layer.sparse and tile.transposed(call.tokens)
-    xt = _transpose(call.x, tile.tokens, options) if constants["TRANSPOSED"] else call.x
+    routing = call.routing
+    transposed = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
+    constants["TRANSPOSED"] = transposed
+    xt = call.x
+    if transposed:
+        xt = _transpose_pairs(xt, routing, options) if routing else _transpose(xt, tile.tokens, options)
     if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
         constants["maxnreg"] = bound
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
+    constants["TOP"] = routing.top if routing else 0
     arrays += [slots, owners, further, entries, segments, bounds]
-    few_kernel[grid[1:]](call.x, xt, *arrays, *sizes, **constants, **options)
+    arrays += [routing.pairs, routing.chosen] if routing else call.dense  # stand-ins
+    token_tiles, row_tiles, splits = grid
+    few_kernel[row_tiles, splits, token_tiles](call.x, xt, *arrays, *sizes, **constants, **options)
 
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
@@ -196,6 +239,16 @@ def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.T
     xt = x.new_empty(x.shape[1], tiles * tokens)
     grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS), tiles)
     transpose_kernel[grid](x, xt, *x.shape, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
+    return xt
+
+
+def _transpose_pairs(x: torch.Tensor, routing: Routing, options: dict[str, Any]) -> torch.Tensor:
+    blocks, tokens = routing.pairs.shape
+    xt = x.new_empty(blocks, x.shape[1], tokens)
+    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS), blocks)
+    sizes = {"TOP": routing.top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS}
+    pairs, chosen = routing.pairs, routing.chosen
+    transpose_pairs_kernel[grid](x, xt, pairs, chosen, routing.count, x.shape[1], **sizes, num_warps=4, **options)
     return xt
 
 

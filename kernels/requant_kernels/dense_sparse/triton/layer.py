@@ -69,6 +69,12 @@ class Layer:
     def rows(self) -> int:
         return self.strips * 16
 
+    @property
+    def counters(self) -> int:
+        """How many tiles of rows and tokens may have their columns split: enough for one token tile of strips, or
+        several of larger tiles; beyond that there are programs enough."""
+        return max(self.beside_slots.lists, self.beside_windows.lists)
+
     def transposed(self, tokens: int) -> bool:
         """Whether tiles of ``tokens`` in the middle read x transposed for leftovers."""
         return bool(self.uneven or (self.beside_windows.entries and tokens >= TRANSPOSED_FROM))
@@ -88,28 +94,22 @@ def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
     return Beside(lists.lists, int(lists.lists > strips), 1) if lists else Beside(strips, 0, 0)
 
 
-def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
-    """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent."""
+def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent. routed: it is a
+    stack of experts, which kernel "few" alone reads, strip by strip."""
     strips = build_strips(weight)
-    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     entries = Entries.of(sparse) if sparse else None
     slots = build_slots(entries, strips.strips) if entries else None
-    windows = build_windows(slots, entries, strips.blocks) if entries and slots else None
-    listed, rest = (slots.rest, windows.rest) if slots and windows else (sparse, sparse)
-    lists = build_lists(listed, strips.strips) if listed else None
+    windows = build_windows(slots, entries, strips.blocks) if entries and slots and not routed else None
+    listed, rest = sparse, None if routed else sparse
+    if slots:
+        listed = slots.rest
+    if windows:
+        rest = windows.rest
+    lists = build_lists(listed, strips.strips, whole=routed) if listed else None
     leftovers = build_leftovers(rest, strips.strips) if rest else None
     beside_slots, beside_windows = (_beside(one, strips.strips) for one in (lists, leftovers))
-    # Enough for one token tile of strips, or several of larger tiles; beyond that there are programs enough.
-    counters = max(beside_slots.lists, beside_windows.lists)
-    tensors["arrived"] = torch.zeros(counters, dtype=torch.int32, device=strips.codes.device)
-    if slots and windows:
-        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further}
-        tensors |= {"sparse_owners": slots.owners, "sparse_rows": slots.rows, "sparse_windows": windows.starts}
-    if lists:
-        tensors |= _tensors(lists, "lists")
-    if leftovers:
-        tensors |= _tensors(leftovers, "left")
     layer = Layer(
         in_features=weight.in_features,
         bits=weight.scheme.weights.bits,
@@ -125,4 +125,14 @@ def build(weight: DenseSparseWeight) -> tuple[dict[str, torch.Tensor], tuple[int
         beside_slots=beside_slots,
         beside_windows=beside_windows,
     )
+    tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
+    tensors["arrived"] = torch.zeros(layer.counters, dtype=torch.int32, device=strips.codes.device)
+    if slots:
+        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further, "sparse_owners": slots.owners}
+        # the last two are the middle's, which experts never reach
+        tensors |= {"sparse_rows": slots.rows, "sparse_windows": windows.starts if windows else slots.rows}
+    if lists:
+        tensors |= _tensors(lists, "lists")
+    if leftovers:
+        tensors |= _tensors(leftovers, "left")
     return tensors, layer.ints

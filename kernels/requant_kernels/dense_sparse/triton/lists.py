@@ -72,10 +72,10 @@ def _entries(sparse: SparsePart, strips: int) -> tuple[torch.Tensor, torch.Tenso
     return entries, segments, first_chunk[::segments_a_row].to(torch.int32)
 
 
-def _bounds(strip_chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bounds, overflow) of lists none of which exceeds the bound."""
+def _bounds(strip_chunks: torch.Tensor, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bounds, overflow) of lists none of which exceeds the bound, unless they are to stay ``whole``."""
     start, end = strip_chunks[:-1].long(), strip_chunks[1:].long()
-    longest, overflow = shared_out(end - start, SHORT)
+    longest, overflow = shared_out(end - start, int(strip_chunks[-1]) if whole else SHORT)
     strip = torch.repeat_interleave(torch.arange(len(start), device=start.device), overflow.diff())
     piece = torch.arange(len(strip), device=start.device) - overflow[strip] + 1
     more_start = start[strip] + piece * longest
@@ -86,8 +86,9 @@ def _bounds(strip_chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return bounds.to(torch.int32).contiguous(), overflow.to(torch.int32)
 
 
-def build_lists(sparse: SparsePart, strips: int) -> Lists:
-    """The sparse part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device."""
+def build_lists(sparse: SparsePart, strips: int, *, whole: bool = False) -> Lists:
+    """The sparse part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device. whole: no
+    list becomes several."""
     entries, segments, strip_chunks = _entries(sparse, strips)
-    bounds, overflow = _bounds(strip_chunks)
+    bounds, overflow = _bounds(strip_chunks, whole)
     return Lists(entries, segments, strip_chunks, bounds, overflow)

@@ -27,15 +27,24 @@ from requant_kernels.dense_sparse.triton.layer import (
 )
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.route import COLUMNS, COMPARED
+from requant_kernels.dense_sparse.triton.routing import (
+    activate_kernel,
+    align_kernel,
+    combine_kernel,
+    transpose_pairs_kernel,
+)
 from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, tables
 from requant_kernels.dense_sparse.triton.windows import WIDTHS
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
-ACTIVATIONS = ("x_ptr", "xt_ptr", "bias_ptr", "out_ptr", "w_ptr")
+ACTIVATIONS = ("x_ptr", "xt_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
+FP32 = ("shares_ptr", "weights_ptr")
 ALIGNED = ("N", "K", "width", "scale_step")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
 GROUPS = (16, 32, 64, 128, 256)
+TOP = 8  # experts of a token
 USUAL = 2  # entries of a window, with 0.5 % entries
 
 
@@ -43,7 +52,7 @@ def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, 
     """Argument types; constexpr arguments are left out."""
 
     def kind(name: str) -> str:
-        if name == "shares_ptr":
+        if name in FP32:
             return "*fp32"
         if name in ACTIVATIONS:
             return f"*{dtype}"
@@ -73,8 +82,10 @@ def _variant(  # noqa: PLR0917
     split: int = WHOLE,
     crowded: bool = False,
     tokens: int | None = None,
+    top: int = 0,
 ) -> Variant:
-    """``tokens``: as many as the tile takes, but for the few that are gathered in place."""
+    """``tokens``: as many as the tile takes, but for the few that are gathered in place. top: of routed experts, how
+    many a token has."""
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
     constants["LISTS"] = sparse
     tile = rule if isinstance(rule, Tile) else None
@@ -87,13 +98,17 @@ def _variant(  # noqa: PLR0917
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
+        constants["TOP"] = top
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
-    name = f"{table} {label} W{bits} g{group} {KINDS[kind]} {dtype}" + ("", " split", " overflow")[split]
+    name = (
+        f"{table} {'experts ' if top else ''}{label} W{bits} g{group} {KINDS[kind]} {dtype}"
+        + ("", " split", " overflow")[split]
+    )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
     name += f" {tokens} tokens" if tokens else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
@@ -172,6 +187,12 @@ def _cover() -> Iterator[Variant]:
     for crowded in (False, True):
         yield _variant("h200", eight, 4, 128, SYMMETRIC, "bf16", crowded=crowded, tokens=IN_PLACE)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
+    for name in ("h200", "a100", "default"):
+        for tokens in (1, IN_PLACE, 8, 16):
+            found = tables()[name].tile(tokens, 4, False)
+            assert found
+            yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", tokens=tokens, top=TOP)
+    yield _variant("h200", eight, 4, 64, ASYMMETRIC, "bf16", crowded=True, tokens=IN_PLACE, top=TOP)
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
 
@@ -184,6 +205,15 @@ def _fixups() -> Iterator[Variant]:
         transpose = {"TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
         signature = _signature(transpose_kernel, "bf16", transpose)
         yield Variant(f"transpose m{tokens}", transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
+    for kernel, aligned, constants in (
+        (align_kernel, (), {"EXPERTS": 128, "TOKENS": 8, "CHUNK": COMPARED // 128}),
+        (transpose_pairs_kernel, ("K",), {"TOP": TOP, "TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS}),
+        (activate_kernel, ("N",), {"COLUMNS": COLUMNS}),
+        (combine_kernel, ("C",), {"TOP": TOP, "COLUMNS": COLUMNS}),
+    ):
+        constants |= {"PDL": False}
+        signature = _signature(kernel, "bf16", constants)
+        yield Variant(f"experts {kernel.__name__}", kernel, signature, constants, aligned, 4, 3, targets)
 
 
 def variants(everything: bool) -> Iterator[Variant]:
