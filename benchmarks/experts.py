@@ -103,7 +103,7 @@ def ours(bench: Bench, density: float) -> Iterator[Cell]:
     gate_up = bench.weights(2 * model.inner, model.hidden, density)
     down = bench.weights(model.hidden, model.inner, density)
     experts = RoutedExperts(gate_up, down, device, None if device.type == "cuda" else layers.INTERPRETED)
-    stored = sum(weight.stored_bits for weight in (gate_up[0], down[0])) / 8
+    stored = sum(weight.stored_bits() for weight in (gate_up[0], down[0])) / 8
 
     def linear(weight: Any) -> Any:
         return lambda x: (x @ reference.dequantize(weight).T).to(bench.setting.dtype).float()
