@@ -90,6 +90,10 @@ CASES = {
     "11 tokens, codebook": Case(11, bits=3, codebook=True),
     "20 tokens, W2": Case(20, bits=2, density=0.05),
     "40 tokens, a100": Case(40, gpu="a100"),
+    "40 tokens, 20 of each": Case(40),
+    "100 tokens, 50 of each, W3": Case(100, bits=3, symmetric=False, density=0.05),
+    "150 tokens, 75 of each, float16": Case(150, hidden=256, dtype=torch.float16),
+    "40 tokens, a100, W2": Case(40, bits=2, gpu="a100"),
 }
 
 
@@ -98,7 +102,18 @@ def test_interpreted(case, interpreted):
     interpreted(check, case, "cpu", False)
 
 
-@pytest.mark.parametrize("name", ["one token", "2 tokens, W3 asymmetric, float16", "20 tokens, W2", "40 tokens, a100"])
+COMPILED = (
+    "one token",
+    "2 tokens, W3 asymmetric, float16",
+    "20 tokens, W2",
+    "40 tokens, a100",
+    "40 tokens, 20 of each",
+    "100 tokens, 50 of each, W3",
+    "150 tokens, 75 of each, float16",
+)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name, poisoned):
     case = CASES[name]
     with emulated(int(TARGETS[case.gpu][0])):
@@ -108,7 +123,8 @@ def test_compiled(name, poisoned):
 def routed(ids: torch.Tensor, experts: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     from requant_kernels.dense_sparse.triton.route import align
 
-    routing = align(ids, experts, tokens, False)
+    tile = replace(tables()["h200"].largest(tokens, 4, False), tokens=tokens)
+    routing = align(ids, experts, tile, False)
     return routing.pairs, routing.chosen
 
 

@@ -21,8 +21,6 @@ from requant_kernels.dense_sparse.triton.table import Table, Tile, table_of
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
-MOST_TOKENS = 16  # that kernel "few" takes
-
 
 @dataclass(frozen=True)
 class Product:
@@ -112,7 +110,8 @@ class RoutedExperts:
         if not x.numel():
             return torch.empty_like(x)
         pdl, gate_up, down = self._table.pdl, self._gate_up, self._down
-        routing = align(ids.contiguous(), self._experts, self._tile(gate_up, *ids.shape).tokens, pdl)
+        tile = self._tile(*ids.shape)
+        routing = align(ids.contiguous(), self._experts, tile, pdl)
         x = gpu.aligned(x.contiguous())
         h = run(Call(gate_up.layer, x, gate_up.tensors, None, gate_up.out_features, routing), self._table)
         h = activate(h, pdl)
@@ -126,11 +125,11 @@ class RoutedExperts:
 
         ways = set()
         for tokens in range(1, limit + 1):
-            tile = self._tile(self._gate_up, tokens, top)
+            tile = self._tile(tokens, top)
             blocks = routed_blocks(tokens * top, self._experts, tile.tokens)
             way: list[Any] = [tile, tile.transposed(-(-tokens * top // self._experts))]
             for product in (self._gate_up, self._down):
-                _, _, splits = grid_of(product.layer, self._tile(product, tokens, top), blocks, self._experts)
+                _, _, splits = grid_of(product.layer, tile, blocks, self._experts)
                 way.append(splits > 1)
             if tuple(way) in ways:
                 continue
@@ -139,12 +138,11 @@ class RoutedExperts:
             x = torch.zeros(tokens, self._gate_up.layer.in_features, dtype=dtype, device=device)
             self(x, torch.zeros(tokens, top, device=device), ids)
 
-    def _tile(self, product: Product, tokens: int, top: int) -> Tile:
+    def _tile(self, tokens: int, top: int) -> Tile:
         """For ``tokens`` of ``top`` experts each: as for a layer that has as many tokens as an expert, were they shared
-        out evenly, but no more than the kernel takes, and more than one where several may go to the same."""
+        out evenly, but more than one where several may go to the same, and no more than tiles take."""
         each = -(-tokens * top // self._experts)
-        at_once = 1 if tokens == 1 else min(max(each, 2), MOST_TOKENS)
-        tile = self._table.tile(at_once, product.layer.bits, product.layer.kind == CODEBOOK)
-        assert tile
-        assert tile.kernel == "few"
-        return tile
+        at_once = 1 if tokens == 1 else max(each, 2)
+        layers = (self._gate_up.layer, self._down.layer)
+        tiles = [self._table.largest(at_once, layer.bits, layer.kind == CODEBOOK) for layer in layers]
+        return min(tiles, key=lambda tile: tile.tokens)

@@ -32,19 +32,15 @@ class Routing:
     """Which rows of x go to which expert (routing.py).
 
     pairs int32 [blocks, tokens]: of tokens and experts, ``count`` where there is none; row p of y is row p // top of x
-    times its expert. chosen int32 [blocks]: the expert of a block, negative where it is not used.
+    times its expert. chosen int32 [blocks]: the expert of a block, negative where it is not used. tile: runs a block.
     """
 
+    tile: Tile
     pairs: torch.Tensor
     chosen: torch.Tensor
     count: int
     top: int
     experts: int
-
-    @property
-    def tokens(self) -> int:
-        """Of a block."""
-        return self.pairs.shape[1]
 
     @property
     def each(self) -> int:
@@ -157,7 +153,7 @@ def run(call: Call, table: Table) -> torch.Tensor:
     layer = call.layer
     options = OPTIONS[table.pdl]
     routing = call.routing
-    tile = table.tile(routing.tokens if routing else call.tokens, layer.bits, layer.kind == CODEBOOK)
+    tile = routing.tile if routing else table.tile(call.tokens, layer.bits, layer.kind == CODEBOOK)
     if tile is None:
         return _decode_and_multiply(call, table.decode)
     few = tile.kernel == "few"
@@ -206,19 +202,21 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     rest = call.layer.steps > q or bool(call.layer.deepened)
     layer = call.layer
     routing = call.routing
-    transposed = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
-    constants["TRANSPOSED"] = transposed
-    xt = call.x
-    if transposed:
-        xt = _transpose_pairs(xt, routing, options) if routing else _transpose(xt, tile.tokens, options)
+    constants["TRANSPOSED"] = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
+    xt = _transposed(call, tile, options) if constants["TRANSPOSED"] else call.x
     if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
         constants["maxnreg"] = bound
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
-    constants["TOP"] = routing.top if routing else 0
-    arrays += [slots, owners, further, entries, segments, bounds]
-    arrays += [routing.pairs, routing.chosen] if routing else call.dense  # stand-ins
+    arrays += [slots, owners, further, entries, segments, bounds, *_route(call, constants)]
     token_tiles, row_tiles, splits = grid
     few_kernel[row_tiles, splits, token_tiles](call.x, xt, *arrays, *sizes, **constants, **options)
+
+
+def _route(call: Call, constants: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """pairs and experts, or stand-ins; whether there are any is added to ``constants``."""
+    routing = call.routing
+    constants["TOP"] = routing.top if routing else 0
+    return (routing.pairs, routing.chosen) if routing else call.dense
 
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
@@ -228,10 +226,16 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     constants["COLUMNS"] = tile.columns
     constants["EVEN"] = layer.in_features % BLOCK == 0
     constants["TRANSPOSED"] = layer.transposed(tile.tokens)
-    xt = _transpose(call.x, tile.tokens, options) if constants["TRANSPOSED"] else call.x
     slots, further, _, rows, windows = call.slots
-    arrays += [slots, rows, further, windows, *call.beside_windows[:3]]
+    arrays += [slots, rows, further, windows, *call.beside_windows[:3], *_route(call, constants)]
+    xt = _transposed(call, tile, options) if constants["TRANSPOSED"] else call.x
     middle_kernel[grid](call.x, xt, *arrays, *sizes, **constants, **options)
+
+
+def _transposed(call: Call, tile: Tile, options: dict[str, Any]) -> torch.Tensor:
+    if call.routing:
+        return _transpose_pairs(call.x, call.routing, options)
+    return _transpose(call.x, tile.tokens, options)
 
 
 def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:

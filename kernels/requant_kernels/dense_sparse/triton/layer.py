@@ -96,19 +96,15 @@ def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
 
 def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent. routed: it is a
-    stack of experts, which kernel "few" alone reads, strip by strip."""
+    stack of experts, whose crowded strips have no programs of their own."""
     strips = build_strips(weight)
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     entries = Entries.of(sparse) if sparse else None
     slots = build_slots(entries, strips.strips) if entries else None
-    windows = build_windows(slots, entries, strips.blocks) if entries and slots and not routed else None
-    listed, rest = sparse, None if routed else sparse
-    if slots:
-        listed = slots.rest
-    if windows:
-        rest = windows.rest
+    windows = build_windows(slots, entries, strips.blocks) if entries and slots else None
+    listed, rest = (slots.rest, windows.rest) if slots and windows else (sparse, sparse)
     lists = build_lists(listed, strips.strips, whole=routed) if listed else None
-    leftovers = build_leftovers(rest, strips.strips) if rest else None
+    leftovers = build_leftovers(rest, strips.strips, whole=routed) if rest else None
     beside_slots, beside_windows = (_beside(one, strips.strips) for one in (lists, leftovers))
     layer = Layer(
         in_features=weight.in_features,
@@ -127,10 +123,9 @@ def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str,
     )
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
     tensors["arrived"] = torch.zeros(layer.counters, dtype=torch.int32, device=strips.codes.device)
-    if slots:
-        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further, "sparse_owners": slots.owners}
-        # the last two are the middle's, which experts never reach
-        tensors |= {"sparse_rows": slots.rows, "sparse_windows": windows.starts if windows else slots.rows}
+    if slots and windows:
+        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further}
+        tensors |= {"sparse_owners": slots.owners, "sparse_rows": slots.rows, "sparse_windows": windows.starts}
     if lists:
         tensors |= _tensors(lists, "lists")
     if leftovers:

@@ -32,12 +32,13 @@ class Leftovers:
         return len(self.offsets) - 1
 
 
-def build_leftovers(sparse: SparsePart, strips: int) -> Leftovers:
-    """``sparse``, a part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device."""
+def build_leftovers(sparse: SparsePart, strips: int, *, whole: bool = False) -> Leftovers:
+    """``sparse``, a part of a layer of ``strips`` strips, whose values are bfloat16 or float16, on its device. whole:
+    no list becomes several."""
     rows, columns = sparse.rows().long(), sparse.columns.to(torch.int32)
     strip = rows // STRIP
     counts = torch.bincount(strip, minlength=strips)
-    longest, overflow = shared_out(counts, SHORT)
+    longest, overflow = shared_out(counts, sparse.nnz if whole else SHORT)
     piece = (torch.arange(sparse.nnz, device=rows.device) - offsets_of(counts)[strip]) // longest
     of = torch.where(piece > 0, strips + overflow[strip] + piece - 1, strip)
     lists = padded(strips + int(overflow[-1]), LIST_ALIGNMENT)

@@ -30,13 +30,14 @@ from requant_kernels.dense_sparse.triton.patch import load_windows, locate_rows,
 )
 def middle_kernel(
     x_ptr, xt_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr,
-    rows_ptr, further_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr,
+    rows_ptr, further_ptr, starts_ptr, columns_ptr, words_ptr, offsets_ptr, pairs_ptr, experts_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr, LISTS: tl.constexpr,
     TRANSPOSED: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, S: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns).
+    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), lists / S, splits of the columns); of
+    routed experts, with TOP, as ``few_kernel`` says, (blocks of tokens, lists / S of one expert, splits).
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
     starts: ``Windows``, of WINDOW slots, 0 for none; with LISTS there are ``Leftovers``, for which x is read from xt,
@@ -56,7 +57,19 @@ def middle_kernel(
     first = tl.program_id(1) * S
     split = tl.program_id(2)
     splits = tl.num_programs(2)
-    m = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    m = place
+    from_m = tl.minimum(m, M - 1)  # beyond the last token it again: not stored
+    to_n = first * 16 + tl.arange(0, R)
+    if TOP:
+        if PDL:
+            gdc_wait()
+        expert = tl.load(experts_ptr + tl.program_id(0))
+        if expert < 0:
+            return
+        m = tl.load(pairs_ptr + place)
+        from_m = tl.minimum(m, M - 1) // TOP
+        first += expert * tl.num_programs(1) * S
     n = first * 16 + tl.arange(0, R)
 
     share = tl.cdiv(blocks, splits)
@@ -81,10 +94,10 @@ def middle_kernel(
     words = ()
     if AHEAD:
         words = load_words(words_at, tl.full((S, 1), lo, tl.int32) < hi, BITS, S, 1)
-    if PDL:
+    if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    x_at = x_ptr + tl.minimum(m, M - 1)[:, None] * K  # beyond the last token it again: not stored
+    x_at = x_ptr + from_m[:, None] * K
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
         if AHEAD:
@@ -124,13 +137,17 @@ def middle_kernel(
             acc = tl.dot(w, tl.trans(x), acc)
 
     if LISTS:
-        if TRANSPOSED:
+        stride = 1
+        if TRANSPOSED and TOP:
+            x_at = xt_ptr + tl.program_id(0).to(tl.int64) * K * TOKENS + tl.arange(0, TOKENS)[:, None]
+            stride = TOKENS
+        elif TRANSPOSED:
             x_at = xt_ptr + m[:, None]
-        stride = tl.num_programs(0) * TOKENS if TRANSPOSED else 1
+            stride = tl.num_programs(0) * TOKENS
         acc = multiply_leftovers(acc, left, left_end, x_at, stride, columns_ptr, words_ptr, n, split, splits, DT)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(
-        acc, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, number,
+        acc, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n, M, N, split, splits, number,
         tl.num_programs(0) * tl.num_programs(1), SPLIT, BIAS, DT,
     )  # fmt: skip

@@ -5,6 +5,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.launch import OPTIONS, Routing
 from requant_kernels.dense_sparse.triton.routing import activate_kernel, align_kernel, combine_kernel
+from requant_kernels.dense_sparse.triton.table import Tile
 
 COLUMNS = 1024  # of a program
 COMPARED = 8192  # ids with numbers of experts, at a time
@@ -15,15 +16,15 @@ def routed_blocks(pairs: int, experts: int, tokens: int) -> int:
     return min(pairs, (pairs + (tokens - 1) * min(pairs, experts)) // tokens)
 
 
-def align(ids: torch.Tensor, experts: int, tokens: int, pdl: bool) -> Routing:
-    """ids [M, k] of ``experts``, contiguous; blocks of ``tokens``."""
-    count, blocks = ids.numel(), routed_blocks(ids.numel(), experts, tokens)
-    pairs = ids.new_empty(blocks, tokens, dtype=torch.int32)
+def align(ids: torch.Tensor, experts: int, tile: Tile, pdl: bool) -> Routing:
+    """ids [M, k] of ``experts``, contiguous; blocks that ``tile`` takes."""
+    count, blocks = ids.numel(), routed_blocks(ids.numel(), experts, tile.tokens)
+    pairs = ids.new_empty(blocks, tile.tokens, dtype=torch.int32)
     chosen = ids.new_empty(blocks, dtype=torch.int32)
     width = triton.next_power_of_2(experts)
-    constants = {"EXPERTS": width, "TOKENS": tokens, "CHUNK": max(16, COMPARED // width), "num_warps": 4}
+    constants = {"EXPERTS": width, "TOKENS": tile.tokens, "CHUNK": max(16, COMPARED // width), "num_warps": 4}
     align_kernel[experts,](ids, pairs, chosen, count, blocks, **constants, **OPTIONS[pdl])
-    return Routing(pairs, chosen, count, ids.shape[1], experts)
+    return Routing(tile, pairs, chosen, count, ids.shape[1], experts)
 
 
 def activate(h: torch.Tensor, pdl: bool) -> torch.Tensor:

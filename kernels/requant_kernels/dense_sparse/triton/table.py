@@ -99,6 +99,13 @@ class Table:
         """The first tile that covers the layer at ``tokens`` tokens; None means decode and multiply."""
         return next((tile for tile in self.tiles if tile.covers(tokens, bits, codebook)), None)
 
+    def largest(self, tokens: int, bits: int, codebook: bool) -> Tile:
+        """The same, but where that is to decode and multiply, the tile of the most tokens."""
+        most = max(tile.up_to for tile in self.tiles if tile.covers(tile.up_to, bits, codebook))
+        tile = self.tile(min(tokens, most), bits, codebook)
+        assert tile
+        return tile
+
     def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
         """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them, x in
         place or transposed."""

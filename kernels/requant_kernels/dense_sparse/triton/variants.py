@@ -94,11 +94,10 @@ def _variant(  # noqa: PLR0917
         kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
         label += f" m{tile.tokens}"
         constants |= {"TOKENS": tile.tokens, "SPLIT": split, "BIAS": split != LATER}
-        constants["PDL"] = tables()[table].pdl
+        constants |= {"PDL": tables()[table].pdl, "TOP": top}
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
-        constants["TOP"] = top
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
@@ -188,11 +187,11 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", eight, 4, 128, SYMMETRIC, "bf16", crowded=crowded, tokens=IN_PLACE)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
-        for tokens in (1, IN_PLACE, 8, 16):
-            found = tables()[name].tile(tokens, 4, False)
-            assert found
-            yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", tokens=tokens, top=TOP)
+        for tokens in (1, IN_PLACE, 8, 16, 32, 64, 128):
+            if found := tables()[name].tile(tokens, 4, False):
+                yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", tokens=tokens, top=TOP)
     yield _variant("h200", eight, 4, 64, ASYMMETRIC, "bf16", crowded=True, tokens=IN_PLACE, top=TOP)
+    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=TOP)
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
 
