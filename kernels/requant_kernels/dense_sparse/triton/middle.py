@@ -22,7 +22,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     tile,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
-from requant_kernels.dense_sparse.triton.patch import load_windows, locate_rows, multiply_leftovers, patch
+from requant_kernels.dense_sparse.triton.patch import IN_SIGHT, load_windows, locate_rows, multiply_leftovers, patch
 
 
 @triton.jit(
@@ -52,6 +52,9 @@ def middle_kernel(
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     R: tl.constexpr = 16 * S
     MODE: tl.constexpr = SHIFTED if KIND == ASYMMETRIC and (tl.float16 == DT or BITS < 8) else KIND
+    # Entries are put into each part before parts are joined, so that they come with the product by its step. Of wide
+    # windows, and narrow parts, the compiler would exchange them between threads for every part.
+    JOINED: tl.constexpr = WINDOW > IN_SIGHT and SPAN < 128
     # Words wait in registers for an iteration; those of 8 bits, or of 4 beside a codebook, would be too many.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK
     first = tl.program_id(1) * S
@@ -130,10 +133,12 @@ def middle_kernel(
                     w = centred(w, scales, part * SPAN // GROUP, BITS, MODE, DT)
                     w = w * group_scale(scales, part * SPAN // GROUP, MODE, DT)[:, :, None]
                 w = tl.reshape(w, (R, SPAN))
-                if WINDOW:
-                    w = (w + patch(slots, block, part, SPAN, DT)).to(DT)
+                if WINDOW and not JOINED:
+                    w = (w + patch(slots, block, part * SPAN, SPAN, DT)).to(DT)
                 parts = parts + (w[None, :, :],)  # noqa: RUF005 (triton knows no *)
             w = tl.reshape(side_by_side(parts, 0, COLUMNS // SPAN), (R, COLUMNS))
+            if JOINED:
+                w = (w + patch(slots, block, start, COLUMNS, DT)).to(DT)
             acc = tl.dot(w, tl.trans(x), acc)
 
     if LISTS:

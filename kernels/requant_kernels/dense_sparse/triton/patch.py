@@ -46,14 +46,14 @@ def load_windows(slots_ptr, places, starts, block, depth, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def patch(slots, block, PART: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr):
-    """DT [R, SPAN]: what ``load_windows`` found for the block's part PART of SPAN columns, zero elsewhere."""
+def patch(slots, block, START: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr):
+    """DT [R, SPAN]: what ``load_windows`` found for SPAN of the block's columns from START on, zero elsewhere."""
     WIDTH: tl.constexpr = len(slots)
     R: tl.constexpr = slots[0].shape[0]
     # Where no more are loaded than are in sight, all are.
     SIGHT: tl.constexpr = SPAN if WIDTH <= IN_SIGHT else min(QUARTER, SPAN)
     SEEN: tl.constexpr = min(WIDTH, IN_SIGHT)
-    start = PART * SPAN + SIGHT * tl.arange(0, SPAN // SIGHT)[None, :, None, None]
+    start = START + SIGHT * tl.arange(0, SPAN // SIGHT)[None, :, None, None]
     bound = block * 256 + start // QUARTER * QUARTER
     column = start + 8 * tl.arange(0, SIGHT // 8)[None, None, :, None]
     t = tl.arange(0, 4)[None, None, None, :]

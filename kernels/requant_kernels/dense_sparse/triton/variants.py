@@ -191,7 +191,8 @@ def _cover() -> Iterator[Variant]:
             if found := tables()[name].tile(tokens, 4, False):
                 yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", tokens=tokens, top=TOP)
     yield _variant("h200", eight, 4, 64, ASYMMETRIC, "bf16", crowded=True, tokens=IN_PLACE, top=TOP)
-    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=TOP)
+    for top in (0, TOP):
+        yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
 
 
