@@ -121,6 +121,15 @@ def test_experts_as_one_layer(folder, checkpoints):
     assert "experts run as one layer" in (folder / "interpreted" / "log").read_text()
 
 
+@pytest.mark.gpu
+def test_graphs_record_experts(folder, checkpoints):
+    scheme = CheckpointScheme(layer(4, 64, symmetric=False), ignore=AS_THEY_ARE)
+    model = quantize(folder / "mixtral", folder / "recorded", scheme)
+    job = {"model": model, "prompts": PROMPTS, "dtype": "bfloat16"}  # compiled, with CUDA graphs
+    [result] = run_jobs([job], folder / "graphs")
+    assert_equal(result, logprobs(decoded(model, folder / "recorded decoded")), atol=0.03)
+
+
 @pytest.mark.parametrize("name", TAMPERED)
 def test_a_tampered_expert_is_refused_by_name(name, one_rank):
     assert re.search(re.escape(TAMPERED[name][1]), one_rank[name].get("error", "it was served"))
