@@ -19,23 +19,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "kernels"), str(ROOT)]
 
+from benchmarks.kernel_timing.shapes import EXPERTS, Experts  # noqa: E402
+
 Run = Callable[..., Any]  # x, weights, ids -> y
 BATCHES = 16
 BITS, GROUP = 4, 128
 DENSITIES = (0.005, 0.0)
-
-
-@dataclass(frozen=True)
-class Model:
-    name: str
-    hidden: int
-    inner: int
-    experts: int
-    top: int
-
-
-MODELS = (Model("Qwen3-30B-A3B", 2048, 768, 128, 8), Model("Mixtral-8x7B", 4096, 14336, 8, 2))
-TINY = Model("tiny", 128, 128, 4, 2)
+TINY = Experts("tiny", 128, 128, 4, 2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Cell:
 class Bench:
     """One model's layer, in a ``kernel_timing.layers.Setting``."""
 
-    model: Model
+    model: Experts
     tokens: list[int]
     setting: Any
 
@@ -166,7 +156,7 @@ def main() -> int:
     tokens = [1, 6] if options.tiny else [int(count) for count in options.tokens.split(",")]
     cells: list[Cell] = []
     try:
-        for model in (TINY,) if options.tiny else MODELS:
+        for model in (TINY,) if options.tiny else EXPERTS:
             bench = Bench(model, tokens, setting)
             try:
                 cells += vllms(bench) if gpu else ()

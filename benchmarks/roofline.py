@@ -13,6 +13,8 @@ unquantized product is not charged for its waves, since its library may split co
 
 import sys
 from dataclasses import astuple, dataclass, replace
+from itertools import product
+from math import comb
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
@@ -21,7 +23,7 @@ from requant_kernels.dense_sparse.triton.layer import TRANSPOSED_FROM
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, tables
 
-from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS, Shape
+from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Experts, Shape
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
@@ -36,6 +38,7 @@ FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
 LEFT = 0.02  # of the entries are left over by windows: the middle reads their x apart
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 SECTOR = 32  # bytes, the least that comes from L2
+EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
 PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
@@ -244,6 +247,78 @@ def workspace_table() -> list[str]:
     return [*lines, ""]
 
 
+@dataclass(frozen=True)
+class Routed:
+    """A layer of experts at one number of tokens, whose experts are drawn at random."""
+
+    model: Experts
+    bits: int
+    group: int
+    density: float
+    tokens: int
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.model.top
+
+    @property
+    def reached(self) -> float:
+        """Experts that any token goes to."""
+        return self.model.experts * (1 - (1 - self.model.top / self.model.experts) ** self.tokens)
+
+    def blocks(self, size: int) -> float:
+        """Of so many tokens of one expert."""
+        share = self.model.top / self.model.experts
+        chances = (comb(self.tokens, n) * share**n * (1 - share) ** (self.tokens - n) for n in range(self.tokens + 1))
+        return self.model.experts * sum(chance * -(-n // size) for n, chance in enumerate(chances))
+
+    @property
+    def products(self) -> tuple[Shape, Shape]:
+        name, hidden, inner = self.model.name, self.model.hidden, self.model.inner
+        return Shape(name, "gate_up", 2 * inner, hidden), Shape(name, "down", hidden, inner)
+
+
+def routed(gpu: Gpu, load: Routed) -> float:
+    """Seconds of a layer: its products at the blocks of tokens that there are, and the launches around them."""
+    each = -(-load.pairs // load.model.experts)
+    tile = tables()[gpu.table].largest(1 if load.tokens == 1 else max(each, 2), load.bits, False)
+    blocks = load.blocks(tile.tokens)
+    launches, total = 3, 0.0  # blocks of pairs, activation, sum
+    for shape in load.products:
+        one = Load(shape, load.bits, load.group, load.density, tile.tokens)
+        part = matrix_kernel(gpu, tile, one)  # of one block
+        launches += 1 + bool(load.density and (tile.transposed(each) or tile.tokens >= TRANSPOSED_FROM))
+        total += max(
+            load.reached * one.stored / gpu.copy,
+            *(blocks * seconds for seconds in (part.l2, part.issue, part.tensor)),
+        )
+    return total + launches * gpu.launch
+
+
+def routed_unquantized(gpu: Gpu, load: Routed) -> float:
+    """The same with bfloat16 weights and as many launches as vLLM's fused kernel has."""
+    weights = sum(shape.weights for shape in load.products)
+    return max(2 * load.reached * weights / gpu.copy, 2 * load.pairs * weights / gpu.product) + 5 * gpu.launch
+
+
+def experts_table(gpu: Gpu) -> list[str]:
+    lines = [
+        f"### {gpu.name}: a layer of routed experts, W4 g128, {DENSITY:.1%} sparse",
+        "",
+        "| model | tokens | experts reached | predicted us | bfloat16 us | x bf16 | sparse costs |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model, tokens in product(EXPERTS, EXPERT_TOKENS):
+        load = Routed(model, *SCHEMES["W4 g128"], DENSITY, tokens)
+        time, bare = routed(gpu, load), routed(gpu, replace(load, density=0.0))
+        plain = routed_unquantized(gpu, load)
+        lines.append(
+            f"| {model.name} | {tokens} | {load.reached:.0f} | {time * 1e6:.0f} | {plain * 1e6:.0f} "
+            f"| {plain / time:.2f} | {time / bare - 1:+.1%} |"
+        )
+    return [*lines, ""]
+
+
 def bytes_table() -> list[str]:
     lines = ["| scheme | sparse | bits a weight | bytes against bf16 |", "|---|---:|---:|---:|"]
     for scheme, (bits, group) in SCHEMES.items():
@@ -254,7 +329,8 @@ def bytes_table() -> list[str]:
 
 
 def main() -> int:
-    print("\n".join([*bytes_table(), *(line for gpu in GPUS for line in regime_table(gpu)), *workspace_table()]))
+    tables_of = [line for gpu in GPUS for line in (*regime_table(gpu), *experts_table(gpu))]
+    print("\n".join([*bytes_table(), *tables_of, *workspace_table()]))
     return 0
 
 

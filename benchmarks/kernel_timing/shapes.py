@@ -40,4 +40,18 @@ MODELS = {
         "Qwen3-32B", ("qkv", 10240, 5120), ("o", 5120, 8192), ("gate_up", 51200, 5120), ("down", 5120, 25600)
     ),
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer of routed experts: each [2 inner, hidden] and [hidden, inner]; a token has ``top`` of them."""
+
+    name: str
+    hidden: int
+    inner: int
+    experts: int
+    top: int
+
+
+EXPERTS = (Experts("Qwen3-30B-A3B", 2048, 768, 128, 8), Experts("Mixtral-8x7B", 4096, 14336, 8, 2))
 TINY = _model("tiny", ("square", 48, 256))
