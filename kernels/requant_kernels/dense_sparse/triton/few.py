@@ -74,8 +74,8 @@ def few_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step
     # Steps go after a product. They go before it where products of so few columns would have less of x than 4 bytes a
     # thread, which is not copied ahead; and with 16 tokens where that saves the registers of a program.
-    SAVES: tl.constexpr = TOKENS > 8 and KIND == SYMMETRIC and (GROUP < 128 or (QUADS and GROUP == 128))
-    FOLDED: tl.constexpr = GROUP < 64 or SAVES
+    CROWDED: tl.constexpr = (KIND != CODEBOOK and GROUP < 128) or (KIND == SYMMETRIC and GROUP == 128 and QUADS)
+    FOLDED: tl.constexpr = GROUP < 64 or (TOKENS > 8 and CROWDED)
     WIDE: tl.constexpr = 64 if BITS == 8 else 128  # more of 8 bits would not fit the registers
     COLUMNS: tl.constexpr = WIDE if FOLDED else SPAN  # of a product
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
