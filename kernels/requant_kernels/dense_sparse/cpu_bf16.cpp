@@ -73,10 +73,13 @@ struct Codes {
   // Of columns 2 j and 2 j + 1, in the low bits of each half; what stands above them is of no meaning.
   template <int J>
   __m512i at() const {
-    if constexpr (J < PER_WORD * WORDS) return _mm512_srli_epi32(words[J / PER_WORD], J % PER_WORD * BITS);
-    const auto bit = [&](int i) { return _mm512_srli_epi16(words[i], 15 - i); };
-    const __m512i two = _mm512_ternarylogic_epi32(_mm512_set1_epi16(2), bit(1), bit(0), CHOOSE);
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi16(4), bit(2), two, CHOOSE);
+    if constexpr (J < PER_WORD * WORDS) {
+      return _mm512_srli_epi32(words[J / PER_WORD], J % PER_WORD * BITS);
+    } else {  // of 3 bits
+      const auto bit = [&](int i) { return _mm512_srli_epi16(words[i], 15 - i); };
+      const __m512i two = _mm512_ternarylogic_epi32(_mm512_set1_epi16(2), bit(1), bit(0), CHOOSE);
+      return _mm512_ternarylogic_epi32(_mm512_set1_epi16(4), bit(2), two, CHOOSE);
+    }
   }
 };
 
