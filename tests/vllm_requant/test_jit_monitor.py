@@ -64,7 +64,7 @@ def test_routed_experts(monitor):
     from requant_kernels.dense_sparse.triton.table import tables
 
     scheme, experts, top = LayerScheme(WeightScheme(4, 64), SparseScheme()), 6, 2
-    gate_up, down = ([random_weight(scheme, shape)] * experts for shape in ((256, 1024), (1024, 128)))
+    gate_up, down = ([random_weight(scheme, shape)] * experts for shape in ((512, 1024), (1024, 256)))
     with emulated(90, runs=False):
         layer = RoutedExperts(gate_up, down, CPU, tables()["h200"])
         layer.warm_up(torch.bfloat16, CPU, top=top, limit=LIMIT)
