@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from requant_kernels.sparse import SparsePart
 from requant_kernels.w8a8 import dispatch as w8a8
 from requant_kernels.w8a8.interface import LayerConfig as W8A8Config
 from requant_kernels.weight import DenseSparseWeight
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+from benchmarks.kernel_timing.layers import Setting  # noqa: E402
+from benchmarks.kernel_timing.peers import vllm_kernel, vllm_ready  # noqa: E402
 
 Call = Callable[[], torch.Tensor]
 CPU = torch.device("cpu")
@@ -84,16 +89,10 @@ def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, sch
 
 def vllms_own(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
     """vLLM's kernel for 4-bit weights of GPTQ, AWQ and compressed-tensors checkpoints, on the symmetric grid."""
-    from vllm._custom_ops import cpu_gemm_wna16
-    from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
-
     layer = round_layer(weight, LayerScheme(WeightScheme(4, 64, symmetric=True)))
     assert isinstance(layer, DenseSparseWeight)
-    assert layer.scale is not None
-    eights = layer.codes().to(torch.int32).view(-1, 2, 8, weight.shape[1]).permute(0, 3, 1, 2)  # rows of a word
-    words = torch.bitwise_left_shift(eights, torch.arange(0, 32, 4, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    packed, scales = [words.flatten(1).clone() for _ in range(copies)], layer.scale.T.contiguous()
-    calls: list[Call] = [partial(cpu_gemm_wna16, x, one, scales, None, None, 8, _get_isa_hint(DTYPE)) for one in packed]
+    with vllm_ready(Setting(CPU, DTYPE)) as linear:
+        calls: list[Call] = [partial(vllm_kernel(linear, "CPUWNA16", layer), x) for _ in range(copies)]
     check("vLLM", calls[0](), reference.linear(x, layer))
     return calls
 

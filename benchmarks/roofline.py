@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder 
 
 from requant_kernels.dense_sparse.triton.layer import TRANSPOSED_FROM
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, tables
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables
 
 from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Experts, Shape
 
@@ -280,8 +280,8 @@ class Routed:
 
 def routed(gpu: Gpu, load: Routed) -> float:
     """Seconds of a layer: its products at the blocks of tokens that there are, and the launches around them."""
-    each = -(-load.pairs // load.model.experts)
-    tile = tables()[gpu.table].largest(1 if load.tokens == 1 else max(each, 2), load.bits, False)
+    each = evenly(load.pairs, load.model.experts)
+    tile = tables()[gpu.table].routed(load.tokens, each, load.bits, False)
     blocks = load.blocks(tile.tokens)
     launches, total = 3, 0.0  # blocks of pairs, activation, sum
     for shape in load.products:

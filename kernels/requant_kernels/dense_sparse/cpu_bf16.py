@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from requant_kernels import native
 from requant_kernels.dense_sparse.cpu_packed import refused
 from requant_kernels.dense_sparse.interface import Implementation, LayerConfig
+from requant_kernels.dense_sparse.planes import PLANES, pack_planes
 from requant_kernels.prepared import Prepared
 from requant_kernels.sparse import SparsePart
 from requant_kernels.weight import DenseSparseWeight
@@ -58,17 +59,9 @@ class CpuBf16(Implementation):
 
 def pack_strips(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 [N, K], N a multiple of 16, K of 32 -> int32 [N/16, K*bits/32, 16], as cpu_bf16.cpp says."""
-    words, per_word = 3 if bits == 3 else 1, 16 // bits
-    pairs = 16 if bits == 3 else per_word
-    halves = codes.view(-1, STRIP, codes.shape[1] // (2 * pairs), pairs, 2)
-    packed = torch.zeros(*halves.shape[:3], words, dtype=torch.int32)
-    for h in range(2):
-        for word in range(words):
-            for j in range(per_word):
-                packed[..., word] |= halves[..., word * per_word + j, h].to(torch.int32) << (16 * h + j * bits)
-            if bits == 3:
-                packed[..., word] |= (halves[..., -1, h] >> word & 1).to(torch.int32) << (16 * h + 15)
-    return packed.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+    pairs = codes.contiguous().view(torch.int16).view(len(codes) // STRIP, STRIP, -1, PLANES)
+    words = pack_planes(pairs.permute(3, 0, 1, 2).contiguous(), bits)  # [bits, strips, rows, K/32]
+    return words.permute(1, 3, 0, 2).flatten(1, 2).contiguous()
 
 
 def _sparse_tensors(sparse: SparsePart) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ from torch.nn.functional import pad
 
 from requant_kernels import gpu
 from requant_kernels.dense_sparse.interface import LayerConfig
-from requant_kernels.dense_sparse.triton.implementation import DTYPES, supports
+from requant_kernels.dense_sparse.triton.implementation import supports, unfit_dtype
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, Layer, build
 from requant_kernels.dense_sparse.triton.strips import ROW_ALIGNMENT
-from requant_kernels.dense_sparse.triton.table import Table, Tile, table_of
+from requant_kernels.dense_sparse.triton.table import Table, Tile, evenly, table_of
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
@@ -64,16 +64,10 @@ def _filled(weight: DenseSparseWeight) -> DenseSparseWeight:
 
 def can_implement(scheme: LayerScheme, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether layers of one ``scheme`` can be experts of such a layer on ``device``; the reason where they can not."""
-    able, reason = gpu.able(device)
-    for refused, why in (
-        (not able, reason),
-        (scheme.activations, "int8 inputs"),
-        (scheme.bias_correction, "bias corrections"),
-        (dtype not in DTYPES, f"activations of {dtype}: serve with --dtype bfloat16 or float16"),
-    ):
-        if refused:
-            return False, why
-    return True, ""
+    _, reason = gpu.able(device)
+    reason = reason or ("int8 inputs" if scheme.activations else "bias corrections" if scheme.bias_correction else "")
+    reason = reason or unfit_dtype(dtype)
+    return not reason, reason
 
 
 def unfit(weights: Iterable[DenseSparseWeight], dtype: torch.dtype, device: torch.device) -> str:
@@ -127,7 +121,7 @@ class RoutedExperts:
         for tokens in range(1, limit + 1):
             tile = self._tile(tokens, top)
             blocks = routed_blocks(tokens * top, self._experts, tile.tokens)
-            way: list[Any] = [tile, tile.transposed(-(-tokens * top // self._experts))]
+            way: list[Any] = [tile, tile.transposed(evenly(tokens * top, self._experts))]
             for product in (self._gate_up, self._down):
                 _, _, splits = grid_of(product.layer, tile, blocks, self._experts)
                 way.append(splits > 1)
@@ -139,10 +133,7 @@ class RoutedExperts:
             self(x, torch.zeros(tokens, top, device=device), ids)
 
     def _tile(self, tokens: int, top: int) -> Tile:
-        """For ``tokens`` of ``top`` experts each: as for a layer that has as many tokens as an expert, were they shared
-        out evenly, but more than one where several may go to the same, and no more than tiles take."""
-        each = -(-tokens * top // self._experts)
-        at_once = 1 if tokens == 1 else max(each, 2)
-        layers = (self._gate_up.layer, self._down.layer)
-        tiles = [self._table.largest(at_once, layer.bits, layer.kind == CODEBOOK) for layer in layers]
+        """Of both products: for ``tokens`` of ``top`` experts each."""
+        each, layers = evenly(tokens * top, self._experts), (self._gate_up.layer, self._down.layer)
+        tiles = [self._table.routed(tokens, each, layer.bits, layer.kind == CODEBOOK) for layer in layers]
         return min(tiles, key=lambda tile: tile.tokens)

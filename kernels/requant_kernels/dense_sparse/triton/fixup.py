@@ -10,18 +10,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["M"])
-def transpose_kernel(x_ptr, xt_ptr, M, K, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """xt [K, width] = x [M, K]^T, zero in columns from M on; width: the next multiple of TOKENS.
-    Grid (ceil(K / COLUMNS), width / TOKENS)."""
+def transpose_kernel(
+    x_ptr, xt_ptr, pairs_ptr, experts_ptr, M, K,
+    TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """xt [tiles, K, TOKENS]: of each tile of tokens x [M, K]^T, zero beyond M. With TOP a tile is a block of pairs, as
+    ``few_kernel`` says; one that is not used stays as it was. Grid (ceil(K / COLUMNS), tiles)."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    m = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    tile = tl.program_id(1)
+    place = tile * TOKENS + tl.arange(0, TOKENS)
+    m = place
+    row = m
+    if TOP:
+        if tl.load(experts_ptr + tile) < 0:
+            return
+        m = tl.load(pairs_ptr + place)
+        row = m // TOP
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (k < K)[None, :]
-    x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
-    width = tl.cdiv(M, TOKENS) * TOKENS
-    tl.store(xt_ptr + k[:, None] * width + m[None, :], tl.trans(x), mask=tl.trans(inside))
+    x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
+    at = xt_ptr + tile.to(tl.int64) * K * TOKENS + k[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    tl.store(at, tl.trans(x), mask=tl.trans(inside))
 
 
 @triton.jit(do_not_specialize=["M", "strips", "splits", "row_tiles"], do_not_specialize_on_alignment=["bias_ptr"])

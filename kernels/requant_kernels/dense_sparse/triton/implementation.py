@@ -66,10 +66,15 @@ def _layer(meta: tuple[int, ...]) -> Layer:
     return Layer.of(meta)
 
 
+def unfit_dtype(dtype: torch.dtype) -> str:
+    """Why the kernels do not take activations of ``dtype``; nothing where they do."""
+    return "" if dtype in DTYPES else f"activations of {dtype}: serve with --dtype bfloat16 or float16"
+
+
 def supports(config: LayerConfig) -> tuple[bool, str]:
     """Whether the kernels cover the layer, wherever it runs; the reason where they do not."""
-    if config.dtype not in DTYPES:
-        return False, f"activations of {config.dtype}: serve with --dtype bfloat16 or float16"
+    if reason := unfit_dtype(config.dtype):
+        return False, reason
     if config.stored_dtype != config.dtype:
         return False, f"stored in {config.stored_dtype} but activations are {config.dtype}: serve in one dtype"
     if config.group_size % STRIP and config.group_size != config.in_features:

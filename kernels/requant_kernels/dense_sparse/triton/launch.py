@@ -12,9 +12,8 @@ from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_k
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
-from requant_kernels.dense_sparse.triton.routing import transpose_pairs_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly
 from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
@@ -45,7 +44,7 @@ class Routing:
     @property
     def each(self) -> int:
         """Tokens of an expert, were they shared out evenly."""
-        return -(-self.count // self.experts)
+        return evenly(self.count, self.experts)
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,9 @@ class Call:
     def tokens(self) -> int:
         """Rows of y."""
         return self.routing.count if self.routing else self.x.shape[0]
+
+    def token_tiles(self, tile: Tile) -> int:
+        return len(self.routing.chosen) if self.routing else -(-self.tokens // tile.tokens)
 
     @property
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +159,8 @@ def run(call: Call, table: Table) -> torch.Tensor:
     if tile is None:
         return _decode_and_multiply(call, table.decode)
     few = tile.kernel == "few"
-    token_tiles = len(routing.chosen) if routing else -(-call.tokens // tile.tokens)
-    grid = grid_of(layer, tile, token_tiles, routing.experts if routing else 1)
-    _, row_tiles, splits = grid
+    grid = grid_of(layer, tile, call.token_tiles(tile), routing.experts if routing else 1)
+    token_tiles, row_tiles, splits = grid
     beside, lists = (layer.beside_slots, call.beside_slots) if few else (layer.beside_windows, call.beside_windows)
     split = LATER if beside.overflow else HERE if splits > 1 else WHOLE
     out = call.x.new_empty(call.tokens, call.out_features)
@@ -233,26 +234,13 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
 
 
 def _transposed(call: Call, tile: Tile, options: dict[str, Any]) -> torch.Tensor:
-    if call.routing:
-        return _transpose_pairs(call.x, call.routing, options)
-    return _transpose(call.x, tile.tokens, options)
-
-
-def _transpose(x: torch.Tensor, tokens: int, options: dict[str, Any]) -> torch.Tensor:
-    tiles = -(-x.shape[0] // tokens)
-    xt = x.new_empty(x.shape[1], tiles * tokens)
-    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS), tiles)
-    transpose_kernel[grid](x, xt, *x.shape, TOKENS=tokens, COLUMNS=TRANSPOSE_COLUMNS, num_warps=4, **options)
-    return xt
-
-
-def _transpose_pairs(x: torch.Tensor, routing: Routing, options: dict[str, Any]) -> torch.Tensor:
-    blocks, tokens = routing.pairs.shape
-    xt = x.new_empty(blocks, x.shape[1], tokens)
-    grid = (-(-x.shape[1] // TRANSPOSE_COLUMNS), blocks)
-    sizes = {"TOP": routing.top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS}
-    pairs, chosen = routing.pairs, routing.chosen
-    transpose_pairs_kernel[grid](x, xt, pairs, chosen, routing.count, x.shape[1], **sizes, num_warps=4, **options)
+    """x^T [tiles, K, tokens] of each tile of tokens."""
+    constants: dict[str, Any] = {"TOKENS": tile.tokens, "COLUMNS": TRANSPOSE_COLUMNS, "num_warps": 4}
+    route = _route(call, constants)
+    tiles, columns = call.token_tiles(tile), call.x.shape[1]
+    xt = call.x.new_empty(tiles, columns, tile.tokens)
+    grid = (-(-columns // TRANSPOSE_COLUMNS), tiles)
+    transpose_kernel[grid](call.x, xt, *route, call.tokens, columns, **constants, **options)
     return xt
 
 

@@ -41,7 +41,7 @@ def middle_kernel(
 
     Unlike ``few_kernel`` weights are scaled, and rounded to x's dtype, before the product: one accumulator a tile.
     starts: ``Windows``, of WINDOW slots, 0 for none; with LISTS there are ``Leftovers``, for which x is read from xt,
-    x^T [K, width] (fixup.py), if TRANSPOSED. EVEN: K is a multiple of 256.
+    x^T [tiles of tokens, K, TOKENS] (fixup.py), if TRANSPOSED. EVEN: K is a multiple of 256.
     A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and decodes weights for one while the
     other runs.
     """
@@ -142,13 +142,9 @@ def middle_kernel(
             acc = tl.dot(w, tl.trans(x), acc)
 
     if LISTS:
-        stride = 1
-        if TRANSPOSED and TOP:
+        if TRANSPOSED:
             x_at = xt_ptr + tl.program_id(0).to(tl.int64) * K * TOKENS + tl.arange(0, TOKENS)[:, None]
-            stride = TOKENS
-        elif TRANSPOSED:
-            x_at = xt_ptr + m[:, None]
-            stride = tl.num_programs(0) * TOKENS
+        stride = TOKENS if TRANSPOSED else 1
         acc = multiply_leftovers(acc, left, left_end, x_at, stride, columns_ptr, words_ptr, n, split, splits, DT)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

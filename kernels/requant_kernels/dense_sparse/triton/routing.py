@@ -51,28 +51,6 @@ def align_kernel(
             tl.store(chosen_ptr + block, tl.full((CHUNK,), -1, tl.int32), mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["P"])
-def transpose_pairs_kernel(
-    x_ptr, xt_ptr, pairs_ptr, chosen_ptr, P, K,
-    TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """xt [blocks, K, TOKENS]: for each block of pairs its rows of x [P // TOP, K], zero where there is no pair; nothing
-    for blocks that are not used. Grid (ceil(K / COLUMNS), blocks)."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    block = tl.program_id(1)
-    if tl.load(chosen_ptr + block) < 0:
-        return
-    m = tl.arange(0, TOKENS)
-    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    pair = tl.load(pairs_ptr + block * TOKENS + m)
-    inside = (k < K)[None, :]
-    x = tl.load(x_ptr + (pair // TOP)[:, None] * K + k[None, :], mask=inside & (pair < P)[:, None], other=0.0)
-    at = xt_ptr + block.to(tl.int64) * K * TOKENS + k[:, None] * TOKENS + m[None, :]
-    tl.store(at, tl.trans(x), mask=tl.trans(inside))
-
-
 @triton.jit
 def activate_kernel(h_ptr, out_ptr, N, COLUMNS: tl.constexpr, PDL: tl.constexpr):
     """out DT [P, N] = silu(gate) * up of h DT [P, 2 N], gates first. Grid (P, ceil(N / COLUMNS))."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from requant_kernels.dense_sparse.planes import pack_planes
 from requant_kernels.packing import unpack
 from requant_kernels.weight import DenseSparseWeight
 
@@ -76,16 +77,8 @@ def pair_words(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def pack_strips(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [16 * strips, 256 * blocks] -> int32 [strips, blocks, bits, 128]."""
     strips, blocks = codes.shape[0] // STRIP, codes.shape[1] // BLOCK
-    # The two halves of a word at once: a code in bits 0-7, the other in bits 16-23; plane by plane.
-    pairs = codes.contiguous().view(torch.int16).view(-1, 16, 8).transpose(0, 1).contiguous().to(torch.int32)
-    pairs = pairs & 0xFF | (pairs & 0xFF00) << 8
-    words = torch.zeros(bits, *pairs.shape[1:], dtype=torch.int32, device=codes.device)
-    per_half = 16 // bits
-    for plane in range(bits * per_half):
-        words[plane // per_half] |= pairs[plane] << (plane % per_half * bits)
-    if bits == 3:
-        for bit in range(bits):
-            words[bit] |= (pairs[15] >> bit & 0x00010001) << 15
+    pairs = codes.contiguous().view(torch.int16).view(-1, 16, 8).transpose(0, 1).contiguous()
+    words = pack_planes(pairs, bits)
     # set, strip, rh, g, block, kh, t -> strip, block, set, g, t, kh, rh
     return words.view(bits, strips, 2, 8, blocks, 2, 4).permute(1, 4, 0, 3, 6, 5, 2).reshape(strips, blocks, bits, SET)
 

@@ -17,6 +17,11 @@ MANY_TOKENS = 8  # of a tile, beyond which it has no registers for tokens in pla
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
 
+def evenly(pairs: int, experts: int) -> int:
+    """Tokens of an expert, were ``pairs`` of tokens and experts shared out evenly."""
+    return -(-pairs // experts)
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
@@ -100,11 +105,16 @@ class Table:
         return next((tile for tile in self.tiles if tile.covers(tokens, bits, codebook)), None)
 
     def largest(self, tokens: int, bits: int, codebook: bool) -> Tile:
-        """The same, but where that is to decode and multiply, the tile of the most tokens."""
+        """That of ``tile``, but where that is to decode and multiply, the tile of the most tokens."""
         most = max(tile.up_to for tile in self.tiles if tile.covers(tile.up_to, bits, codebook))
         tile = self.tile(min(tokens, most), bits, codebook)
         assert tile
         return tile
+
+    def routed(self, tokens: int, each: int, bits: int, codebook: bool) -> Tile:
+        """For experts that get ``each`` of ``tokens``, were they shared out evenly: as for a layer of so many, but of
+        more than one where several tokens may go to the same expert, and never to decode and multiply."""
+        return self.largest(1 if tokens == 1 else max(each, 2), bits, codebook)
 
     def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
         """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them, x in

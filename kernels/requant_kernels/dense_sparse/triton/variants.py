@@ -32,7 +32,6 @@ from requant_kernels.dense_sparse.triton.routing import (
     activate_kernel,
     align_kernel,
     combine_kernel,
-    transpose_pairs_kernel,
 )
 from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, tables
 from requant_kernels.dense_sparse.triton.windows import WIDTHS
@@ -202,13 +201,13 @@ def _fixups() -> Iterator[Variant]:
     reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "R": 64, "TOKENS": 64, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
-    for tokens in (16, 128):
-        transpose = {"TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
+    for tokens, top in product((16, 128), (0, TOP)):
+        transpose = {"TOP": top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
         signature = _signature(transpose_kernel, "bf16", transpose)
-        yield Variant(f"transpose m{tokens}", transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
+        name = f"transpose m{tokens}" + (" experts" if top else "")
+        yield Variant(name, transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
     for kernel, aligned, constants in (
         (align_kernel, (), {"EXPERTS": 128, "TOKENS": 8, "CHUNK": COMPARED // 128}),
-        (transpose_pairs_kernel, ("K",), {"TOP": TOP, "TOKENS": 16, "COLUMNS": TRANSPOSE_COLUMNS}),
         (activate_kernel, ("N",), {"COLUMNS": COLUMNS}),
         (combine_kernel, ("C",), {"TOP": TOP, "COLUMNS": COLUMNS}),
     ):
