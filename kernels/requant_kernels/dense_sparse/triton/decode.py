@@ -188,13 +188,24 @@ def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def quads(x, B: tl.constexpr, SPAN: tl.constexpr, TOKENS: tl.constexpr):
-    """x [B, SPAN, TOKENS] with its columns so that a thread's two columns of a plane are next to those of the next one:
-    four in a row are how Triton hands the operands of ``mma`` to threads where weights are joined of halves."""
-    if SPAN > 16:
-        x = tl.reshape(x, (B, SPAN // 32, 2, 2, 4, 2, TOKENS))  # pair of planes, plane of it, kh, t, half
-        x = tl.permute(x, (0, 1, 3, 4, 2, 5, 6))
-    return tl.reshape(x, (B, SPAN, TOKENS))
+def columns_of(COLUMNS: tl.constexpr, QUADS: tl.constexpr):
+    """Which of COLUMNS columns of x are copied where, int32 [COLUMNS]. With QUADS the eight that a thread multiplies of
+    two planes stand together, those of ``mma``'s first half of columns beside those of its second: one load from
+    shared memory then fills registers as two products want them, where Triton would move half of them otherwise."""
+    at = tl.arange(0, COLUMNS)
+    if QUADS:  # t, plane of a pair, kh, half -> plane of a pair, kh, t, half
+        at = at // 32 * 32 + at // 4 % 2 * 16 + at // 2 % 2 * 8 + at // 8 % 4 * 2 + at % 2
+        at = tl.max_contiguous(tl.multiple_of(at, 2), 2)
+    return at
+
+
+@triton.jit
+def quads(x, B: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
+    """x [B, COLUMNS, TOKENS], its columns as ``columns_of`` puts them, in the order of ``tile`` with QUADS: a thread's
+    two columns of a plane are next to those of the next one. Four in a row are how Triton hands the operands of ``mma``
+    to threads where weights are joined of halves."""
+    x = tl.reshape(x, (B, COLUMNS // 32, 4, 2, 2, 2, TOKENS))  # pair of planes, t, plane of it, kh, half
+    return tl.reshape(tl.permute(x, (0, 1, 4, 2, 3, 5, 6)), (B, COLUMNS, TOKENS))
 
 
 @triton.jit

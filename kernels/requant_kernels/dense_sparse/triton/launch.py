@@ -118,13 +118,17 @@ def register_bound(tile: Tile, kind: int, group: int, bfloat16: bool) -> int | N
     return tile.registers if bfloat16 and kind == SYMMETRIC and group >= SIMPLE else None
 
 
+def unrolled(layer: Layer, tile: Tile) -> int:
+    """Blocks of an iteration for each group of warps: of two in turn none is copied from register to register. 8 bits
+    have no registers for it."""
+    return 2 if layer.bits < 8 and layer.blocks % (2 * tile.k_warps) == 0 else 1
+
+
 @cache
-def column_splits(blocks: int, tiles: int, tile: Tile) -> int:
-    """Programs among which the columns are split so that about ``tile.programs`` run on ``tiles`` of rows and tokens;
-    none of them is idle."""
-    wanted = tile.programs // tiles
-    steps = -(-blocks // tile.k_warps)
-    share = -(-steps // max(1, min(wanted, steps, MAX_SPLITS)))
+def column_splits(steps: int, tiles: int, programs: int) -> int:
+    """Programs among which the columns, in ``steps``, are split so that about ``programs`` run on ``tiles`` of rows and
+    tokens; none of them is idle."""
+    share = -(-steps // max(1, min(programs // tiles, steps, MAX_SPLITS)))
     return -(-steps // share)
 
 
@@ -136,7 +140,8 @@ def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Gri
     beside = layer.beside_slots if tile.kernel == "few" else layer.beside_windows
     row_tiles = beside.lists // tile.strips // experts
     tiles = row_tiles * token_tiles
-    splits = column_splits(layer.blocks, tiles, tile) if tiles <= layer.counters else 1
+    steps = -(-layer.blocks // (tile.k_warps * (unrolled(layer, tile) if tile.kernel == "few" else 1)))
+    splits = column_splits(steps, tiles, tile.programs) if tiles <= layer.counters else 1
     return token_tiles, row_tiles, splits
 
 
@@ -192,6 +197,8 @@ def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tup
     )
     constants = {"SPLIT": sums.split, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
+    if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
+        constants["maxnreg"] = bound
     return arrays, sizes, constants
 
 
@@ -205,9 +212,9 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     routing = call.routing
     constants["TRANSPOSED"] = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
     xt = _transposed(call, tile, options) if constants["TRANSPOSED"] else call.x
-    if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
-        constants["maxnreg"] = bound
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
+    constants["EVEN"] = layer.in_features % (BLOCK * tile.k_warps) == 0
+    constants["UNROLL"] = unrolled(layer, tile)
     arrays += [slots, owners, further, entries, segments, bounds, *_route(call, constants)]
     token_tiles, row_tiles, splits = grid
     few_kernel[row_tiles, splits, token_tiles](call.x, xt, *arrays, *sizes, **constants, **options)

@@ -100,6 +100,11 @@ def middle_kernel(
     if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
+    strip = tl.where(first < strips, first, 0)  # overflow lists decode nothing, but must not prefetch out of bounds
+    scales_at = scales_ptr + strip * 16 + tl.arange(0, R)[None, :]
+    ahead = ()
+    if KIND != CODEBOOK:
+        ahead = load_rows(scales_at + tl.minimum(lo, blocks - 1) * scale_step, width, WORDS)
     x_at = x_ptr + from_m[:, None] * K
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
@@ -110,9 +115,9 @@ def middle_kernel(
         else:
             now = load_words(words_at, tl.full((S, 1), block, tl.int32) < hi, BITS, S, 1)
             words_at += BITS * 128
-        scales = ()
+        scales = ahead
         if KIND != CODEBOOK:
-            scales = load_rows(scales_ptr + block * scale_step + n[None, :], width, WORDS)
+            ahead = load_rows(scales_at + tl.minimum(block + 1, blocks - 1) * scale_step, width, WORDS)
         if WINDOW:
             slots = load_windows(slots_ptr, places, starts, block, depth, WINDOW)
             # wanted by the addresses of the next iteration, whose copies then have as long as those of x

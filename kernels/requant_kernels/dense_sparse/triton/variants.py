@@ -97,6 +97,7 @@ def _variant(  # noqa: PLR0917
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
+        constants |= {"EVEN": not crowded, "UNROLL": 1 if crowded or bits == 8 else 2}
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
