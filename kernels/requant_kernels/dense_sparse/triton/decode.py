@@ -188,27 +188,6 @@ def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def columns_of(COLUMNS: tl.constexpr, QUADS: tl.constexpr):
-    """Which of COLUMNS columns of x are copied where, int32 [COLUMNS]. With QUADS the eight that a thread multiplies of
-    two planes stand together, those of ``mma``'s first half of columns beside those of its second: one load from
-    shared memory then fills registers as two products want them, where Triton would move half of them otherwise."""
-    at = tl.arange(0, COLUMNS)
-    if QUADS:  # t, plane of a pair, kh, half -> plane of a pair, kh, t, half
-        at = at // 32 * 32 + at // 4 % 2 * 16 + at // 2 % 2 * 8 + at // 8 % 4 * 2 + at % 2
-        at = tl.max_contiguous(tl.multiple_of(at, 2), 2)
-    return at
-
-
-@triton.jit
-def quads(x, B: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
-    """x [B, COLUMNS, TOKENS], its columns as ``columns_of`` puts them, in the order of ``tile`` with QUADS: a thread's
-    two columns of a plane are next to those of the next one. Four in a row are how Triton hands the operands of ``mma``
-    to threads where weights are joined of halves."""
-    x = tl.reshape(x, (B, COLUMNS // 32, 4, 2, 2, 2, TOKENS))  # pair of planes, t, plane of it, kh, half
-    return tl.reshape(tl.permute(x, (0, 1, 4, 2, 3, 5, 6)), (B, COLUMNS, TOKENS))
-
-
-@triton.jit
 def half_bits(word, HALF: tl.constexpr, DT: tl.constexpr):
     """16 bits of an int32 word as the DT value that they are."""
     return (word >> (16 * HALF)).to(tl.int16).to(DT, bitcast=True)

@@ -114,7 +114,7 @@ class RoutedExperts:
 
     def warm_up(self, dtype: torch.dtype, device: torch.device, *, top: int, limit: int) -> None:
         """Compiles now what up to ``limit`` tokens of ``top`` experts each can reach."""
-        from requant_kernels.dense_sparse.triton.launch import grid_of
+        from requant_kernels.dense_sparse.triton.launch import fitted, grid_of
         from requant_kernels.dense_sparse.triton.route import routed_blocks
 
         ways = set()
@@ -123,8 +123,9 @@ class RoutedExperts:
             blocks = routed_blocks(tokens * top, self._experts, tile.tokens)
             way: list[Any] = [tile, tile.transposed(evenly(tokens * top, self._experts))]
             for product in (self._gate_up, self._down):
-                _, _, splits = grid_of(product.layer, tile, blocks, self._experts)
-                way.append(splits > 1)
+                fit = fitted(product.layer, tile, blocks, self._experts)
+                _, _, splits = grid_of(product.layer, fit, blocks, self._experts)
+                way += [fit, splits > 1]
             if tuple(way) in ways:
                 continue
             ways.add(tuple(way))

@@ -17,13 +17,11 @@ from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
     CODEBOOK,
     centred,
-    columns_of,
     group_scale,
     load_levels,
     load_rows,
     load_words,
     midpoint,
-    quads,
     stepped,
     tile,
 )
@@ -41,6 +39,7 @@ from requant_kernels.dense_sparse.triton.gather import (
     parts_of,
     rows_of,
 )
+from requant_kernels.dense_sparse.triton.operand import load_columns
 
 
 @triton.jit(
@@ -53,7 +52,8 @@ def few_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
-    QUADS: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, TOP: tl.constexpr,
+    QUADS: tl.constexpr, PAIRED: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, CENTRE: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; ``finish`` says what SPLIT does.
 
@@ -67,7 +67,8 @@ def few_kernel(
     scales: int32 words [.., width], or the levels.
     xt: x^T [K, TOKENS], zero beyond M, of each block of tokens, where it is TRANSPOSED, or x itself; Q steps of slots
     go with each block of columns, and what is left of them, with REST, comes after all blocks. EVEN: 256 * KW divides
-    K. An iteration takes UNROLL blocks for each group of warps, of which the blocks must be a multiple.
+    K. PAIRED: of
+    ``load_columns``. An iteration takes UNROLL blocks for each group of warps, of which the blocks must be a multiple.
     """
     if PDL:
         gdc_launch_dependents()
@@ -75,7 +76,7 @@ def few_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step
     # Steps go after a product. They go before it where products of so few columns would have less of x than 4 bytes a
     # thread, which is not copied ahead; and with 16 tokens where that saves the registers of a program.
-    FOLDED: tl.constexpr = KIND != CODEBOOK and (GROUP < 64 or (TOKENS > 8 and GROUP < 128))
+    FOLDED: tl.constexpr = KIND != CODEBOOK and (GROUP < 64 or (TOKENS > 8 and (GROUP < 128 or CENTRE == 0)))
     WIDE: tl.constexpr = 64 if BITS == 8 else 128  # more of 8 bits would not fit the registers
     COLUMNS: tl.constexpr = WIDE if FOLDED else SPAN  # of a product
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
@@ -94,7 +95,7 @@ def few_kernel(
     FOURS: tl.constexpr = QUADS and SPAN > 16
     # Subtracting the midpoint after the product costs a second product, before it an instruction for every two weights
     # (two of asymmetric ones), but with 16 tokens fewer registers.
-    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8 and (TOKENS <= 8 or KIND == ASYMMETRIC)
+    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8 and (TOKENS <= 8 or KIND == ASYMMETRIC or CENTRE == 2)
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
     first = tile_at * S
@@ -180,14 +181,7 @@ def few_kernel(
                 ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
                 scales = load_rows(scales_at + ahead[:, None], width, WORDS)
             for start in tl.static_range(0, 256, COLUMNS):
-                k = (block + kw)[:, None, None] * 256 + start + columns_of(COLUMNS, FOURS)[None, None, :]
-                if EVEN:
-                    x = tl.load(x_ptr + from_m[None, :, None] * K + k)
-                else:
-                    x = tl.load(x_ptr + from_m[None, :, None] * K + k, mask=k < last, other=0.0)
-                x = tl.permute(x, (0, 2, 1))
-                if FOURS:
-                    x = quads(x, KW, COLUMNS, TOKENS)
+                x = load_columns(x_ptr, from_m, K, block + kw, last, start, COLUMNS, TOKENS, FOURS, PAIRED, EVEN)
                 x = tl.broadcast_to(x, (BATCH, COLUMNS, TOKENS))
                 if KIND == CODEBOOK or FOLDED:
                     w = stepped(

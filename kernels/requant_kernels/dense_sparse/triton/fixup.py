@@ -8,14 +8,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from requant_kernels.dense_sparse.triton.operand import paired
+
 
 @triton.jit(do_not_specialize=["M"])
 def transpose_kernel(
-    x_ptr, xt_ptr, pairs_ptr, experts_ptr, M, K,
-    TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, xt_ptr, paired_ptr, pairs_ptr, experts_ptr, M, K,
+    PAIRED: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """xt [tiles, K, TOKENS]: of each tile of tokens x [M, K]^T, zero beyond M. With TOP a tile is a block of pairs, as
-    ``few_kernel`` says; one that is not used stays as it was. Grid (ceil(K / COLUMNS), tiles)."""
+    ``few_kernel`` says; one that is not used stays as it was. Grid (ceil(K / COLUMNS), tiles). PAIRED: there is one
+    tile and no TOP, COLUMNS divides K, and paired becomes x as ``load_columns`` wants it."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -33,6 +36,10 @@ def transpose_kernel(
     x = tl.load(x_ptr + row[:, None] * K + k[None, :], mask=inside & (m < M)[:, None], other=0.0)
     at = xt_ptr + tile.to(tl.int64) * K * TOKENS + k[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     tl.store(at, tl.trans(x), mask=tl.trans(inside))
+    if PAIRED:
+        source = tl.program_id(0) * COLUMNS + paired(COLUMNS)
+        x = tl.load(x_ptr + row[:, None] * K + source[None, :], mask=(m < M)[:, None], other=0.0)
+        tl.store(paired_ptr + (k // 32)[None, :] * (TOKENS * 32) + place[:, None] * 32 + (k % 32)[None, :], x)
 
 
 @triton.jit(do_not_specialize=["M", "strips", "splits", "row_tiles"], do_not_specialize_on_alignment=["bias_ptr"])

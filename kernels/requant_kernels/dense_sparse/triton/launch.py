@@ -1,6 +1,6 @@
 """From a laid-out layer and a batch of tokens to kernel launches. Imports triton, so only calls import it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,11 +12,12 @@ from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_k
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
-from requant_kernels.dense_sparse.triton.strips import BLOCK
+from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly
 from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
+MOST_WARPS = 8  # of a program that splits the columns among them
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: decode.quads
 TRANSPOSE_COLUMNS = 64
@@ -124,6 +125,14 @@ def unrolled(layer: Layer, tile: Tile) -> int:
     return 2 if layer.bits < 8 and layer.blocks % (2 * tile.k_warps) == 0 else 1
 
 
+CENTRE, XP = 1, True
+
+
+def pairs(layer: Layer) -> bool:
+    """Whether Triton hands columns to threads in fours (decode.py, ``quads``): not of steps as narrow as a plane."""
+    return QUADS and layer.group > STRIP
+
+
 @cache
 def column_splits(steps: int, tiles: int, programs: int) -> int:
     """Programs among which the columns, in ``steps``, are split so that about ``programs`` run on ``tiles`` of rows and
@@ -132,13 +141,36 @@ def column_splits(steps: int, tiles: int, programs: int) -> int:
     return -(-steps // share)
 
 
+@cache
+def widened(tile: Tile, tiles: int, blocks: int) -> Tile:
+    """The tile, of one strip, with as many groups of warps as run at once on few ``tiles`` of rows and tokens: the
+    columns are split among a program's warps, up to MOST_WARPS, before they are split among programs, whose sums take
+    a way through the device's memory."""
+    groups, most = tile.k_warps, tile.programs * tile.k_warps // tiles
+    while 2 * groups <= min(most, MOST_WARPS, blocks):
+        groups *= 2
+    wider = groups // tile.k_warps
+    return replace(tile, k_warps=groups, warps=tile.warps * wider, programs=tile.programs // wider)
+
+
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
+
+
+def _row_tiles(layer: Layer, tile: Tile, experts: int) -> int:
+    beside = layer.beside_slots if tile.kernel == "few" else layer.beside_windows
+    return beside.lists // tile.strips // experts
+
+
+def fitted(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Tile:
+    """How the table's tile runs on a layer, or on ``experts`` that are stacked to one."""
+    if tile.tokens > 1 or tile.strips > 1:
+        return tile
+    return widened(tile, _row_tiles(layer, tile, experts) * token_tiles, layer.blocks)
 
 
 def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Grid:
     """Of a layer, or of ``experts`` that are stacked to one."""
-    beside = layer.beside_slots if tile.kernel == "few" else layer.beside_windows
-    row_tiles = beside.lists // tile.strips // experts
+    row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
     steps = -(-layer.blocks // (tile.k_warps * (unrolled(layer, tile) if tile.kernel == "few" else 1)))
     splits = column_splits(steps, tiles, tile.programs) if tiles <= layer.counters else 1
@@ -164,6 +196,7 @@ def run(call: Call, table: Table) -> torch.Tensor:
     if tile is None:
         return _decode_and_multiply(call, table.decode)
     few = tile.kernel == "few"
+    tile = fitted(layer, tile, call.token_tiles(tile), routing.experts if routing else 1)
     grid = grid_of(layer, tile, call.token_tiles(tile), routing.experts if routing else 1)
     token_tiles, row_tiles, splits = grid
     beside, lists = (layer.beside_slots, call.beside_slots) if few else (layer.beside_windows, call.beside_windows)
@@ -211,13 +244,17 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     layer = call.layer
     routing = call.routing
     constants["TRANSPOSED"] = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
-    xt = _transposed(call, tile, options) if constants["TRANSPOSED"] else call.x
-    constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
+    constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, "CENTRE": CENTRE, **call.sparse_constants}
     constants["EVEN"] = layer.in_features % (BLOCK * tile.k_warps) == 0
+    constants["PAIRED"] = constants["EVEN"] and constants["TRANSPOSED"] and pairs(layer) and not routing and XP
+    x, xt = call.x, call.x
+    if constants["TRANSPOSED"]:
+        xt, paired = _transposed(call, tile, options, paired=constants["PAIRED"])
+        x = paired if constants["PAIRED"] else x
     constants["UNROLL"] = unrolled(layer, tile)
     arrays += [slots, owners, further, entries, segments, bounds, *_route(call, constants)]
     token_tiles, row_tiles, splits = grid
-    few_kernel[row_tiles, splits, token_tiles](call.x, xt, *arrays, *sizes, **constants, **options)
+    few_kernel[row_tiles, splits, token_tiles](x, xt, *arrays, *sizes, **constants, **options)
 
 
 def _route(call: Call, constants: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,19 +273,22 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
     constants["TRANSPOSED"] = layer.transposed(tile.tokens)
     slots, further, _, rows, windows = call.slots
     arrays += [slots, rows, further, windows, *call.beside_windows[:3], *_route(call, constants)]
-    xt = _transposed(call, tile, options) if constants["TRANSPOSED"] else call.x
+    xt = _transposed(call, tile, options)[0] if constants["TRANSPOSED"] else call.x
     middle_kernel[grid](call.x, xt, *arrays, *sizes, **constants, **options)
 
 
-def _transposed(call: Call, tile: Tile, options: dict[str, Any]) -> torch.Tensor:
-    """x^T [tiles, K, tokens] of each tile of tokens."""
-    constants: dict[str, Any] = {"TOKENS": tile.tokens, "COLUMNS": TRANSPOSE_COLUMNS, "num_warps": 4}
+def _transposed(
+    call: Call, tile: Tile, options: dict[str, Any], *, paired: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x^T [tiles, K, tokens] of each tile of tokens, and, if wanted, x as operand.py wants it."""
+    constants: dict[str, Any] = {"TOKENS": tile.tokens, "COLUMNS": TRANSPOSE_COLUMNS, "num_warps": 4, "PAIRED": paired}
     route = _route(call, constants)
     tiles, columns = call.token_tiles(tile), call.x.shape[1]
     xt = call.x.new_empty(tiles, columns, tile.tokens)
+    in_pairs = torch.empty_like(xt) if paired else xt
     grid = (-(-columns // TRANSPOSE_COLUMNS), tiles)
-    transpose_kernel[grid](call.x, xt, *route, call.tokens, columns, **constants, **options)
-    return xt
+    transpose_kernel[grid](call.x, xt, in_pairs, *route, call.tokens, columns, **constants, **options)
+    return xt, in_pairs
 
 
 def _reduce(  # noqa: PLR0917

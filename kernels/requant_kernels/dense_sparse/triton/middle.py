@@ -57,6 +57,9 @@ def middle_kernel(
     JOINED: tl.constexpr = WINDOW > IN_SIGHT and SPAN < 128
     # Words wait in registers for an iteration; those of 8 bits, or of 4 beside a codebook, would be too many.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK
+    # So do steps where the compiler would copy them 4 bytes at a time, 64 of them a thread: without entries, and only of
+    # tiles as tall as this, because it would exchange the weights of others between threads then.
+    LATE: tl.constexpr = KIND != CODEBOOK and WINDOW == 0 and S >= 8
     first = tl.program_id(1) * S
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -103,7 +106,7 @@ def middle_kernel(
     strip = tl.where(first < strips, first, 0)  # overflow lists decode nothing, but must not prefetch out of bounds
     scales_at = scales_ptr + strip * 16 + tl.arange(0, R)[None, :]
     ahead = ()
-    if KIND != CODEBOOK:
+    if LATE:
         ahead = load_rows(scales_at + tl.minimum(lo, blocks - 1) * scale_step, width, WORDS)
     x_at = x_ptr + from_m[:, None] * K
     acc = tl.zeros((R, TOKENS), tl.float32)
@@ -116,7 +119,9 @@ def middle_kernel(
             now = load_words(words_at, tl.full((S, 1), block, tl.int32) < hi, BITS, S, 1)
             words_at += BITS * 128
         scales = ahead
-        if KIND != CODEBOOK:
+        if KIND != CODEBOOK and not LATE:
+            scales = load_rows(scales_at + block * scale_step, width, WORDS)
+        if LATE:
             ahead = load_rows(scales_at + tl.minimum(block + 1, blocks - 1) * scale_step, width, WORDS)
         if WINDOW:
             slots = load_windows(slots_ptr, places, starts, block, depth, WINDOW)

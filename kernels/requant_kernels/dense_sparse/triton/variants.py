@@ -37,7 +37,7 @@ from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, ta
 from requant_kernels.dense_sparse.triton.windows import WIDTHS
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
-ACTIVATIONS = ("x_ptr", "xt_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
+ACTIVATIONS = ("x_ptr", "xt_ptr", "paired_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
 FP32 = ("shares_ptr", "weights_ptr")
 ALIGNED = ("N", "K", "width", "scale_step")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
@@ -97,7 +97,8 @@ def _variant(  # noqa: PLR0917
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
-        constants |= {"EVEN": not crowded, "UNROLL": 1 if crowded or bits == 8 else 2}
+        constants |= {"EVEN": not crowded, "UNROLL": 1 if crowded or bits == 8 else 2, "CENTRE": 1}
+        constants["PAIRED"] = constants["TRANSPOSED"] and constants["EVEN"] and QUADS and group > 16 and not top
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
@@ -203,7 +204,7 @@ def _fixups() -> Iterator[Variant]:
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
     for tokens, top in product((16, 128), (0, TOP)):
-        transpose = {"TOP": top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
+        transpose = {"PAIRED": not top, "TOP": top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
         signature = _signature(transpose_kernel, "bf16", transpose)
         name = f"transpose m{tokens}" + (" experts" if top else "")
         yield Variant(name, transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
