@@ -33,19 +33,20 @@ SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer
 
 
 def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
-    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products take ``columns``, from 16 on."""
+    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products
+    take 128 columns or ``columns``, from 16 on."""
     if up_to == 1:
-        for (k_warps, stages), waves in product(((4, 3), (4, 2), (2, 3), (4, 4)), (2, 4, 8)):
+        for k_warps, stages, waves in product((2, 4), (2, 3, 4), (4, 8, 14)):  # more k_warps where few rows are
             yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
     elif up_to <= 32:
         # strips, k_warps, warps: a warp for each strip and k_warp, since fewer exchange slots and x in every iteration
         sizes = ((8, 1, 8), (4, 1, 4), (2, 1, 2), (1, 4, 4))
-        for tokens, (strips, k_warps, warps), waves in product(sorted({up_to, max(8, up_to)}), sizes, (1, 2, 3, 4)):
-            yield Tile("few", up_to, tokens, strips, warps, 3, waves * processors, k_warps)
+        for (strips, k_warps, warps), stages, waves in product(sizes, (2, 3), (1, 2, 3, 4)):
+            yield Tile("few", up_to, max(8, up_to), strips, warps, stages, waves * processors, k_warps)
     if up_to >= 16:
         widths = {min(up_to, tokens) for tokens in (32, 64, 128) if 4 * tokens >= up_to or tokens == 128}
-        for tokens, (strips, warps), stages, waves in product(sorted(widths), ((4, 4), (8, 8)), (2, 3), (1, 2, 4)):
-            yield Tile("middle", up_to, tokens, strips, warps, stages, waves * processors, columns=columns)
+        for tokens, strips, stages, waves, k in product(sorted(widths), (4, 8), (2, 3), (1, 2, 4), {128, columns}):
+            yield Tile("middle", up_to, tokens, strips, strips, stages, waves * processors, columns=k)
 
 
 def only(tile: Tile | None, in_use: Table, decode: Decode | None = None) -> Table:
@@ -98,9 +99,9 @@ class Stand:
 
 
 def run_once(tile: Tile, bits: int, in_use: Table, setting: Setting) -> None:
-    """Compiles both variants of ``tile``, with the columns whole and split."""
+    """Compiles the variants of ``tile``: with the columns whole, split among warps, and among programs."""
     weight = layers.random_weight(SMALL, bits, GROUP, DENSITY, setting)
-    for programs in (1, 10**6):
+    for programs in (1, 256, 10**6):
         implementation = Triton(only(replace(tile, programs=programs), in_use))
         prepared = layers.prepare(implementation, weight, setting)
         layers.run_once(implementation, prepared, SMALL, (tile.up_to,), setting)

@@ -35,7 +35,8 @@ GRID = {
     **{f"{gpu}, {tokens} tokens": Shipped(tokens, ROWS, COLUMNS, 4, 128, gpu=gpu, sparse=0.01)
        for gpu in ("h200", "a100") for tokens in (1, 3, 16, 30, 60)},
     "h200, 100 tokens": Shipped(100, ROWS, COLUMNS, 4, 128),
-    "h200, decoded": Shipped(1030, 40, 384, 4, 128, sparse=0.01),
+    "h200, 100 tokens, dense only": Shipped(100, ROWS, 512, 4, 128, sparse="none"),
+    "h200, decoded": Shipped(130, 40, 384, 4, 128, sparse=0.01),
     "a100, decoded": Shipped(300, 40, 300, 3, gpu="a100"),
     "one token, W2 g32 asymmetric, 5 %": Shipped(1, ROWS, COLUMNS, 2, 32, symmetric=False, sparse=0.05),
     "one token, W3, uneven rows, float16": Shipped(1, ROWS, COLUMNS, 3, 64, sparse="uneven", dtype=torch.float16),
@@ -46,8 +47,12 @@ GRID = {
     "8 tokens, uneven rows": Shipped(8, ROWS, COLUMNS, 4, 128, sparse="uneven"),
     "16 tokens, W3 asymmetric, uneven rows": Shipped(16, ROWS, COLUMNS, 3, 64, symmetric=False, sparse="uneven"),
     "16 tokens, dense only": Shipped(16, ROWS, COLUMNS, 4, 128, sparse="none"),
+    "one token, in fours, wide": Shipped(1, 40, 2048, 4, 128, fours=True),
+    "6 tokens, in fours": Shipped(6, ROWS, 512, 4, 128, fours=True),
+    "16 tokens, in fours, W3 asymmetric": Shipped(16, ROWS, 512, 3, 64, symmetric=False, fours=True),
     "60 tokens, W2 asymmetric, uneven rows": Shipped(60, ROWS, COLUMNS, 2, 32, symmetric=False, sparse="uneven"),
     "60 tokens, W8": Shipped(60, ROWS, 320, 8, 64),
+    "60 tokens, dense only": Shipped(60, ROWS, 512, 4, 128, sparse="none"),
     "60 tokens, row full": Shipped(60, ROWS, COLUMNS, 3, sparse="row", dtype=torch.float16),
     "60 tokens, codebook": Shipped(60, 40, 512, 4, codebook=True),
 }  # fmt: skip

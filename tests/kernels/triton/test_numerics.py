@@ -42,6 +42,17 @@ GRID = {
     "one group, W8 g32 asymmetric": Case(3, 40, 288, 8, 32, symmetric=False, tile=ONE_GROUP, dtype=torch.float16),
     "one group, W3 codebook, split": Case(2, 200, 600, 3, codebook=True, tile=replace(ONE_GROUP, programs=SPLIT)),
     "one group, crowded strip": Case(16, 48, 600, 2, sparse="strip", tile=ONE_GROUP),
+    "in fours, 12 tokens": Case(12, 40, 1024, 4, 128, fours=True),
+    "in fours, W3 g64 asymmetric, split": Case(
+        7, 40, 1024, 3, 64, symmetric=False, fours=True, tile=replace(FEW, tokens=8, up_to=8, programs=SPLIT)
+    ),
+    "in fours, W8 g32, one group": Case(16, 150, 512, 8, 32, fours=True, tile=ONE_GROUP),
+    "in fours, 4 tokens in place, float16": Case(4, 40, 512, 4, fours=True, dtype=torch.float16),
+    "in fours, one token": Case(1, 40, 640, 4, 128, fours=True, tile=ONE_STRIP),
+    "in fours, one token, columns among 8 groups": Case(
+        1, 40, 2048, 2, 32, symmetric=False, fours=True, tile=replace(ONE_STRIP, programs=8)
+    ),
+    "not in fours": Case(12, 40, 1024, 4, 128, fours=False),
     "middle W4 g128": Case(40, 150, 384, 4, 128, tile=MIDDLE),
     "middle W3 g32 asymmetric, split": Case(17, 16, 544, 3, 32, symmetric=False, tile=replace(MIDDLE, programs=SPLIT)),
     "middle W8 per row float16": Case(33, 20, 300, 8, tile=MIDDLE, dtype=torch.float16),
@@ -78,7 +89,9 @@ def cases(draw: st.DrawFn) -> Case:
     codebook = draw(st.booleans())
     group = -1 if codebook else draw(st.sampled_from((-1, 32, 64, 128, 256)))
     refined = draw(st.sampled_from((0, 16))) if group != -1 else 0
-    columns = draw(st.integers(1, 400)) if group == -1 else group * draw(st.integers(1, 3))
+    columns = draw(
+        st.one_of(st.integers(1, 400), st.just(512)) if group == -1 else st.integers(1, 4).map(group.__mul__)
+    )
     tile = draw(st.sampled_from((FEW, ONE_STRIP, ONE_GROUP, MIDDLE, WIDE, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
@@ -94,6 +107,7 @@ def cases(draw: st.DrawFn) -> Case:
         sparse=draw(st.sampled_from((0.0, 0.005, 0.05, 1.0, "none", "one", "row", "uneven"))),
         bias=draw(st.booleans()),
         tile=tile and replace(tile, programs=programs),
+        fours=draw(st.booleans()),
     )
 
 

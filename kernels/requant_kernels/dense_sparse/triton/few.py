@@ -52,8 +52,7 @@ def few_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
     Q: tl.constexpr, REST: tl.constexpr, TRANSPOSED: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, PDL: tl.constexpr,
-    QUADS: tl.constexpr, PAIRED: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, CENTRE: tl.constexpr,
-    TOP: tl.constexpr,
+    QUADS: tl.constexpr, PAIRED: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias for M <= TOKENS; ``finish`` says what SPLIT does.
 
@@ -67,8 +66,7 @@ def few_kernel(
     scales: int32 words [.., width], or the levels.
     xt: x^T [K, TOKENS], zero beyond M, of each block of tokens, where it is TRANSPOSED, or x itself; Q steps of slots
     go with each block of columns, and what is left of them, with REST, comes after all blocks. EVEN: 256 * KW divides
-    K. PAIRED: of
-    ``load_columns``. An iteration takes UNROLL blocks for each group of warps, of which the blocks must be a multiple.
+    K. PAIRED: x is as ``load_columns`` says.
     """
     if PDL:
         gdc_launch_dependents()
@@ -76,7 +74,7 @@ def few_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step
     # Steps go after a product. They go before it where products of so few columns would have less of x than 4 bytes a
     # thread, which is not copied ahead; and with 16 tokens where that saves the registers of a program.
-    FOLDED: tl.constexpr = KIND != CODEBOOK and (GROUP < 64 or (TOKENS > 8 and (GROUP < 128 or CENTRE == 0)))
+    FOLDED: tl.constexpr = KIND != CODEBOOK and (GROUP < 64 or (TOKENS > 8 and GROUP < 128))
     WIDE: tl.constexpr = 64 if BITS == 8 else 128  # more of 8 bits would not fit the registers
     COLUMNS: tl.constexpr = WIDE if FOLDED else SPAN  # of a product
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
@@ -95,7 +93,7 @@ def few_kernel(
     FOURS: tl.constexpr = QUADS and SPAN > 16
     # Subtracting the midpoint after the product costs a second product, before it an instruction for every two weights
     # (two of asymmetric ones), but with 16 tokens fewer registers.
-    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8 and (TOKENS <= 8 or KIND == ASYMMETRIC or CENTRE == 2)
+    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8 and (TOKENS <= 8 or KIND == ASYMMETRIC)
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
     first = tile_at * S
@@ -127,7 +125,7 @@ def few_kernel(
     kw = tl.arange(0, KW)
     group = tl.arange(0, S * KW * 32) // 32  # of each lane of slots, its ``t``
 
-    share = tl.cdiv(tl.cdiv(blocks, splits), KW * UNROLL) * (KW * UNROLL)
+    share = tl.cdiv(tl.cdiv(blocks, splits), KW) * KW
     lo = split * share
     hi = tl.where(first < strips, tl.minimum(blocks, lo + share), lo)
     last = tl.minimum(K, hi * 256)
@@ -162,49 +160,43 @@ def few_kernel(
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     acc = tl.zeros((BATCH, ROWS, TOKENS), tl.float32)
-    for pair in range(lo, hi, KW * UNROLL):
-        for turn in tl.static_range(UNROLL):
-            block = pair + turn * KW
-            if AHEAD:
-                now_words = words
-                words_at += KW * BITS * 128
-                words = load_words(words_at, (block + KW + t % KW < hi)[:, None], BITS, S, KW)
+    for block in range(lo, hi, KW):
+        if AHEAD:
+            now_words = words
+            words_at += KW * BITS * 128
+            words = load_words(words_at, (block + KW + t % KW < hi)[:, None], BITS, S, KW)
+        else:
+            now_words = load_words(words_at, (block + t % KW < hi)[:, None], BITS, S, KW)
+            words_at += KW * BITS * 128
+        if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
+            now_slots = slots
+            slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
+            gathered = gather_parts(xt_ptr, now_slots, rows, sources, K, TOKENS, TRANSPOSED, Q)
+        now = scales
+        if KIND != CODEBOOK:
+            ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
+            scales = load_rows(scales_at + ahead[:, None], width, WORDS)
+        for start in tl.static_range(0, 256, COLUMNS):
+            x = load_columns(x_ptr, from_m, K, block + kw, last, start, COLUMNS, TOKENS, FOURS, PAIRED, EVEN)
+            x = tl.broadcast_to(x, (BATCH, COLUMNS, TOKENS))
+            if KIND == CODEBOOK or FOLDED:
+                w = stepped(now_words, levels, now, exponent, start, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, QUADS)
+                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
             else:
-                now_words = load_words(words_at, (block + t % KW < hi)[:, None], BITS, S, KW)
-                words_at += KW * BITS * 128
-            if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
-                now_slots = slots
-                slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
-                gathered = gather_parts(xt_ptr, now_slots, rows, sources, K, TOKENS, TRANSPOSED, Q)
-            now = scales
-            if KIND != CODEBOOK:
-                ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
-                scales = load_rows(scales_at + ahead[:, None], width, WORDS)
-            for start in tl.static_range(0, 256, COLUMNS):
-                x = load_columns(x_ptr, from_m, K, block + kw, last, start, COLUMNS, TOKENS, FOURS, PAIRED, EVEN)
-                x = tl.broadcast_to(x, (BATCH, COLUMNS, TOKENS))
-                if KIND == CODEBOOK or FOLDED:
-                    w = stepped(
-                        now_words, levels, now, exponent, start, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, QUADS
-                    )
-                    acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
+                w = tile(now_words, levels, exponent, start // 16, SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
+                step = tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
+                if UNCENTRED:
+                    ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers
+                    total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
+                    zero = midpoint(now, start // GROUP, BITS, KIND, DT)
+                    if KIND == ASYMMETRIC:
+                        zero = tl.reshape(zero, (BATCH, ROWS, 1)).to(tl.float32)
+                    acc += (tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) - zero * total) * step.to(tl.float32)
                 else:
-                    w = tile(now_words, levels, exponent, start // 16, SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
-                    step = tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
-                    if UNCENTRED:
-                        ones = tl.full(
-                            (BATCH, ROWS, SPAN // 2), 1.0, DT
-                        )  # joined as weights are: x in the same registers
-                        total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
-                        zero = midpoint(now, start // GROUP, BITS, KIND, DT)
-                        if KIND == ASYMMETRIC:
-                            zero = tl.reshape(zero, (BATCH, ROWS, 1)).to(tl.float32)
-                        acc += (tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) - zero * total) * step.to(tl.float32)
-                    else:
-                        w = centred(w, now, start // GROUP, BITS, KIND, DT)
-                        acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
-            if SLOTS:
-                products = add_products(products, gathered, now_slots, Q, PARTS, DT)
+                    w = centred(w, now, start // GROUP, BITS, KIND, DT)
+                    acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
+        if SLOTS:
+            products = add_products(products, gathered, now_slots, Q, PARTS, DT)
     if SLOTS and TOKENS > 8:
         places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])

@@ -119,15 +119,6 @@ def register_bound(tile: Tile, kind: int, group: int, bfloat16: bool) -> int | N
     return tile.registers if bfloat16 and kind == SYMMETRIC and group >= SIMPLE else None
 
 
-def unrolled(layer: Layer, tile: Tile) -> int:
-    """Blocks of an iteration for each group of warps: of two in turn none is copied from register to register. 8 bits
-    have no registers for it."""
-    return 2 if layer.bits < 8 and layer.blocks % (2 * tile.k_warps) == 0 else 1
-
-
-CENTRE, XP = 1, True
-
-
 def pairs(layer: Layer) -> bool:
     """Whether Triton hands columns to threads in fours (decode.py, ``quads``): not of steps as narrow as a plane."""
     return QUADS and layer.group > STRIP
@@ -172,8 +163,7 @@ def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Gri
     """Of a layer, or of ``experts`` that are stacked to one."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
-    steps = -(-layer.blocks // (tile.k_warps * (unrolled(layer, tile) if tile.kernel == "few" else 1)))
-    splits = column_splits(steps, tiles, tile.programs) if tiles <= layer.counters else 1
+    splits = column_splits(-(-layer.blocks // tile.k_warps), tiles, tile.programs) if tiles <= layer.counters else 1
     return token_tiles, row_tiles, splits
 
 
@@ -244,14 +234,13 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     layer = call.layer
     routing = call.routing
     constants["TRANSPOSED"] = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
-    constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, "CENTRE": CENTRE, **call.sparse_constants}
+    constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
     constants["EVEN"] = layer.in_features % (BLOCK * tile.k_warps) == 0
-    constants["PAIRED"] = constants["EVEN"] and constants["TRANSPOSED"] and pairs(layer) and not routing and XP
+    constants["PAIRED"] = constants["EVEN"] and constants["TRANSPOSED"] and pairs(layer) and not routing
     x, xt = call.x, call.x
     if constants["TRANSPOSED"]:
         xt, paired = _transposed(call, tile, options, paired=constants["PAIRED"])
         x = paired if constants["PAIRED"] else x
-    constants["UNROLL"] = unrolled(layer, tile)
     arrays += [slots, owners, further, entries, segments, bounds, *_route(call, constants)]
     token_tiles, row_tiles, splits = grid
     few_kernel[row_tiles, splits, token_tiles](x, xt, *arrays, *sizes, **constants, **options)

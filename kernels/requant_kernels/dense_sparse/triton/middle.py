@@ -57,8 +57,8 @@ def middle_kernel(
     JOINED: tl.constexpr = WINDOW > IN_SIGHT and SPAN < 128
     # Words wait in registers for an iteration; those of 8 bits, or of 4 beside a codebook, would be too many.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK
-    # So do steps where the compiler would copy them 4 bytes at a time, 64 of them a thread: without entries, and only of
-    # tiles as tall as this, because it would exchange the weights of others between threads then.
+    # So do steps where the compiler would copy them 4 bytes at a time, 64 of them a thread: without entries. Of lower
+    # tiles it would exchange the weights between threads then.
     LATE: tl.constexpr = KIND != CODEBOOK and WINDOW == 0 and S >= 8
     first = tl.program_id(1) * S
     split = tl.program_id(2)

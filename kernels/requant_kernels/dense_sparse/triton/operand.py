@@ -4,10 +4,10 @@
 """x as the second operand of a product of few tokens: copied to shared memory, and from there to registers.
 
 Until 3.7 Triton hands the operands of ``mma`` to threads in fours instead of pairs of columns where weights are joined
-of halves: a thread's two columns of a plane of codes are next to those of the next one (decode.py, ``tile`` with QUADS).
-Where x stands in memory as it is, the compiler then moves half of what it loads from one register to another, a fifth
-of all instructions. Paired, the eight columns that a thread multiplies of two planes stand together, those of the first
-half of a plane beside those of the second, and one load fills registers as two products want them.
+of halves: a thread's two columns of a plane of codes are next to those of the next one (decode.py: ``tile``, QUADS).
+Where x stands in memory as it is, the compiler then moves what it loads from one register to another, a fifth of all
+instructions. Paired, the eight columns that a thread multiplies of two planes stand together, those of the first half
+of a plane beside those of the second, and one load fills registers as two products want them.
 """
 
 import triton
@@ -27,16 +27,16 @@ def load_columns(
     x_ptr, m, K, block, last, START: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, QUADS: tl.constexpr,
     PAIRED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Columns [START, START + COLUMNS) of each ``block`` [KW] of rows ``m`` [TOKENS] of x [M, K]: [KW, COLUMNS, TOKENS],
-    zero from column ``last`` on unless EVEN; with QUADS in the order of ``tile``. PAIRED: x is what
-    ``transpose_kernel`` makes of it, [K / 32, TOKENS, 32], each 32 columns paired; so threads that read two tokens at
-    a time do not meet in a bank of shared memory.
+    """Columns [START, START + COLUMNS) of each ``block`` [KW] of rows ``m`` [TOKENS] of x [M, K], zero from column
+    ``last`` on unless EVEN: [KW, COLUMNS, TOKENS], with QUADS in the order of ``tile``.
+
+    PAIRED: x is what ``transpose_kernel`` makes of it, [K / 32, TOKENS, 32], each 32 columns paired. Threads that read
+    two tokens at a time do not meet in a bank of shared memory then.
     """
     KW: tl.constexpr = block.shape[0]
     if PAIRED:
-        chunk = (block * 8 + START // 32)[:, None, None, None] + tl.arange(0, COLUMNS // 32)[None, :, None, None]
-        row = chunk * TOKENS + tl.arange(0, TOKENS)[None, None, :, None]
-        x = tl.load(x_ptr + row * 32 + tl.arange(0, 32)[None, None, None, :])
+        first = (block * 256 + START) * TOKENS
+        x = tl.load(x_ptr + first[:, None] + tl.arange(0, COLUMNS * TOKENS)[None, :])
         x = tl.reshape(x, (KW, COLUMNS // 32, TOKENS, 4, 2, 2, 2))  # pair of planes, token, t, plane of it, kh, half
         x = tl.permute(x, (0, 1, 5, 3, 4, 6, 2))
     else:

@@ -15,6 +15,7 @@ from requant_kernels.dense_sparse.triton.launch import (
     TRANSPOSE_COLUMNS,
     most_steps,
     register_bound,
+    widened,
 )
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
@@ -97,7 +98,7 @@ def _variant(  # noqa: PLR0917
     if tile and kernel is few_kernel:
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
-        constants |= {"EVEN": not crowded, "UNROLL": 1 if crowded or bits == 8 else 2, "CENTRE": 1}
+        constants["EVEN"] = not crowded
         constants["PAIRED"] = constants["TRANSPOSED"] and constants["EVEN"] and QUADS and group > 16 and not top
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
@@ -111,6 +112,7 @@ def _variant(  # noqa: PLR0917
     )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
     name += f" {tokens} tokens" if tokens else ""
+    name += f" {rule.k_warps} k_warps" if rule not in (*tables()[table].tiles, tables()[table].decode) else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     bound = register_bound(tile, kind, group, dtype == "bf16") if tile else None
@@ -173,11 +175,11 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 3, 64, ASYMMETRIC, "bf16", crowded=True)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", split=HERE)
-    thousand = hopper.tile(1024, 4, False)
-    assert thousand
-    yield _variant("h200", thousand, 4, 128, SYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", thousand, 4, 64, ASYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", thousand, 3, 64, ASYMMETRIC, "bf16", split=LATER)
+    most = hopper.tile(128, 4, False)
+    assert most
+    yield _variant("h200", most, 4, 128, SYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", most, 4, 64, ASYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", most, 3, 64, ASYMMETRIC, "bf16", split=LATER)
     of_8_bits = hopper.tile(128, 8, False)
     assert of_8_bits
     yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
@@ -185,6 +187,11 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
+    yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
+    for tokens in (32, 64, 128):
+        low = hopper.tile(tokens, 4, False)
+        assert low
+        yield _variant("h200", low, 4, 128, SYMMETRIC, "bf16", sparse=False)
     for crowded in (False, True):
         yield _variant("h200", eight, 4, 128, SYMMETRIC, "bf16", crowded=crowded, tokens=IN_PLACE)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
