@@ -21,18 +21,20 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder 
 
 from requant_kernels.dense_sparse.triton.layer import TRANSPOSED_FROM
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables, widened
 
 from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Experts, Shape
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-# Of the loops on sm_90 (`make aot`), triton 3.9: a weight, by kernel; with few tokens a slot, a slot and token; in the
-# middle what putting in entries adds for each weight, whose windows have two slots at 0.5 %. Where the integer unit,
-# half as wide as the others, is what a loop waits for (few, and entries in the middle), twice its instructions.
-INSTRUCTIONS = {"few": 2.4, "middle": 3.5, "decode": 2.9}
+# Of the loops on sm_90 (`make aot`), triton 3.6: a weight, by kernel; with few tokens a slot, a slot and token; in the
+# middle what putting in entries adds for each weight, whose windows have two slots at 0.5 %.
+INSTRUCTIONS = {"few": 2.1, "middle": 3.2, "decode": 2.9}
 SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
-PATCH_INSTRUCTIONS = 3.6
+PATCH_INSTRUCTIONS = 2.9
+# Of the cycles in which a scheduler could issue, those in which it does: by Nsight Compute on an H200, 2026-11-27, with
+# the kernels of that morning. Warps wait for each other and for what they asked for; more of them do not fit.
+ISSUED = {"few": 0.48, "middle": 0.30, "decode": 0.16}
 WINDOW_BITS = 8 / 64  # a weight: where a window of 64 begins
 FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
 LEFT = 0.02  # of the entries are left over by windows: the middle reads their x apart
@@ -126,6 +128,8 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     token_tiles = -(-tokens // tile.tokens)
     row_tiles = -(-shape.rows // (STRIP * tile.strips))
     blocks = -(-shape.columns // BLOCK)
+    if tile.tokens == tile.strips == 1:
+        tile = widened(tile, row_tiles, blocks)
     wanted = tile.programs // (row_tiles * token_tiles)
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
     entries = shape.weights * load.density
@@ -147,10 +151,8 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * tile.tokens * token_tiles * shape.weights
     fixed = (1 + bool(transposed)) * gpu.launch + (splits > 1) * JOIN
-    issue = instructions / gpu.instructions
+    issue = instructions / gpu.instructions / ISSUED[tile.kernel]
     tensor = flops / gpu.product / (0.6 if tile.kernel == "few" else 1.0)  # mma.sync does not reach wgmma's rate
-    if tile.kernel == "middle" and tile.columns < BLOCK:
-        tensor += issue  # one after the other; a product of a whole block runs beside the decoding of the next
     return Prediction(
         memory=(stored + load.moved) / gpu.copy,
         l2=(token_tiles * stored + activations + shares) / gpu.l2,

@@ -8,7 +8,7 @@ import torch
 from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.dense_sparse.triton import IMPLEMENTATION
 from requant_kernels.dense_sparse.triton.implementation import supports
-from requant_kernels.dense_sparse.triton.table import choose, parse, tables
+from requant_kernels.dense_sparse.triton.table import choose, parse, shared_out, tables, widened
 from requant_kernels.scheme import LayerScheme, WeightScheme
 
 TILE = {"kernel": "few", "up_to": 8, "tokens": 8, "strips": 1, "warps": 4, "stages": 3, "programs": 100, "k_warps": 4}
@@ -60,6 +60,30 @@ def test_the_device_name_chooses_the_table(device, name):
 def test_a_bad_tile_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         parse(TABLE | {"tiles": [TILE | change]})
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "k_warps", "programs"),
+    [
+        (1792, 16, 2, 1848),
+        (1000, 16, 2, 1848),
+        (900, 16, 4, 924),
+        (256, 56, 8, 462),
+        (16, 16, 8, 462),
+        (16, 3, 2, 1848),
+    ],
+)
+def test_the_columns_of_few_tiles_are_split_among_warps_first(tiles, blocks, k_warps, programs):
+    tile = tables()["h200"].tiles[0]
+    wide = widened(tile, tiles, blocks)
+    assert (wide.k_warps, wide.warps, wide.programs) == (k_warps, k_warps, programs)
+    assert wide.k_warps * wide.programs <= tile.k_warps * tile.programs
+
+
+@pytest.mark.parametrize(("blocks", "k_warps"), [(1, 1), (8, 1), (9, 2), (16, 2), (56, 8), (1000, 8)])
+def test_rows_are_decoded_by_warps_with_several_blocks_each(blocks, k_warps):
+    decode = shared_out(tables()["h200"].decode, blocks)
+    assert (decode.k_warps, decode.warps) == (k_warps, k_warps)
 
 
 def test_a_table_survives_json():

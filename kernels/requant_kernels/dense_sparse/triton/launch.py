@@ -1,6 +1,6 @@
 """From a laid-out layer and a batch of tokens to kernel launches. Imports triton, so only calls import it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -13,11 +13,10 @@ from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYM
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, shared_out, widened
 from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
-MOST_WARPS = 8  # of a program that splits the columns among them
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: decode.quads
 TRANSPOSE_COLUMNS = 64
@@ -130,18 +129,6 @@ def column_splits(steps: int, tiles: int, programs: int) -> int:
     tokens; none of them is idle."""
     share = -(-steps // max(1, min(programs // tiles, steps, MAX_SPLITS)))
     return -(-steps // share)
-
-
-@cache
-def widened(tile: Tile, tiles: int, blocks: int) -> Tile:
-    """The tile, of one strip, with as many groups of warps as run at once on few ``tiles`` of rows and tokens: the
-    columns are split among a program's warps, up to MOST_WARPS, before they are split among programs, whose sums take
-    a way through the device's memory."""
-    groups, most = tile.k_warps, tile.programs * tile.k_warps // tiles
-    while 2 * groups <= min(most, MOST_WARPS, blocks):
-        groups *= 2
-    wider = groups // tile.k_warps
-    return replace(tile, k_warps=groups, warps=tile.warps * wider, programs=tile.programs // wider)
 
 
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
@@ -307,6 +294,7 @@ def _reduce(  # noqa: PLR0917
 def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
     layer, n = call.layer, call.out_features
     step = decode.slice_rows(layer.rows, layer.in_features)
+    decode = shared_out(decode, layer.blocks)
     workspace = call.x.new_empty(min(step, n), layer.in_features)
     out = call.x.new_empty(call.tokens, n)
     for start in range(0, n, step):

@@ -1,6 +1,6 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0917
+# ruff: noqa: PLR0912, PLR0915, PLR0917
 """Many tokens: weights are decoded once, dense and sparse, for the matrix product of the vendor's library."""
 
 import triton
@@ -27,6 +27,14 @@ def _add(w_ptr, row, column, entry, rows, K, DT: tl.constexpr):
     tl.store(at, (dense + half_bits(entry, 1, DT).to(tl.float32)).to(DT), mask=used)
 
 
+@triton.jit
+def _slots(slots_ptr, places, at, depth):
+    """The slots ``at``, 32 a step, of the strip at ``places`` (``locate_strips``), zero behind the last."""
+    near, far, steps = places
+    step = at // 32
+    return tl.load(slots_ptr + (tl.where(step < depth, near, far) + step) * 32 + at % 32, mask=step < steps, other=0)
+
+
 @triton.jit(do_not_specialize=["first_strip", "strips", "rows", "blocks", "exponent", "depth"])
 def decode_kernel(
     w_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, further_ptr, entries_ptr, segments_ptr, chunks_ptr,
@@ -42,6 +50,9 @@ def decode_kernel(
     SPAN: tl.constexpr = min(GROUP, 128)
     WORDS: tl.constexpr = 256 // GROUP if KIND == ASYMMETRIC else max(1, 128 // GROUP)
     COLUMNS: tl.constexpr = 128  # stored at a time
+    CHUNK: tl.constexpr = 16  # steps of slots at a time
+    # Words wait in registers for an iteration where there are enough of both.
+    AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK and GROUP >= 128 and KW <= 2
     R: tl.constexpr = 16 * S
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)
@@ -53,30 +64,43 @@ def decode_kernel(
     levels = ()
     if KIND == CODEBOOK:
         levels = load_levels(scales_ptr + first * 16, width, BITS, S)
+    if SLOTS:  # what the entries wait for is asked for before the weights are, whose decoding takes longer
+        slot = tl.arange(0, CHUNK * 32)
+        owners = ()
+        early = ()
+        for strip in tl.static_range(S):
+            places = locate_strips(further_ptr, first + strip, True, depth, strips)
+            owners = owners + (tl.load(owners_ptr + (first + strip) * 32 + slot % 32),)  # noqa: RUF005
+            early = early + (_slots(slots_ptr, places, slot, depth),)  # noqa: RUF005
+    words = ()
+    if AHEAD:
+        words = load_words(words_at, (t % KW < blocks)[:, None], BITS, S, KW)
     for start in range(0, blocks, KW):
-        words = load_words(words_at + start * (BITS * 128), (start + t % KW < blocks)[:, None], BITS, S, KW)
+        if AHEAD:
+            now = words
+            after = start + KW
+            words = load_words(words_at + after * (BITS * 128), (after + t % KW < blocks)[:, None], BITS, S, KW)
+        else:
+            now = load_words(words_at + start * (BITS * 128), (start + t % KW < blocks)[:, None], BITS, S, KW)
         scales = ()
         if KIND != CODEBOOK:
             block = tl.minimum(start + kw, blocks - 1)
             scales = load_rows(scales_at + (block * scale_step)[:, None], width, WORDS)
         for at in tl.static_range(0, 256, COLUMNS):
-            w = stepped(words, levels, scales, exponent, at, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, False)
+            w = stepped(now, levels, scales, exponent, at, COLUMNS, SPAN, GROUP, S, KW, BITS, KIND, DT, False)
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
     if SLOTS or LISTS:
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
     if SLOTS:
-        slot = tl.arange(0, 16 * 32)
         for strip in tl.static_range(S):
-            owners_at = owners_ptr + (first + strip) * 32 + slot % 32
-            near, far, steps = locate_strips(further_ptr, first + strip, True, depth, strips)
-            for step in tl.range(0, steps, 16, num_stages=1):
-                now = step + slot // 32
-                at = (tl.where(now < depth, near, far) + now) * 32 + slot % 32
-                e = tl.load(slots_ptr + at, mask=now < steps, other=0)
-                r = tl.program_id(0) * R + strip * 16 + tl.load(owners_at)
-                _add(w_ptr, r, e & 0xFFFF, e, rows, K, DT)
+            places = locate_strips(further_ptr, first + strip, True, depth, strips)
+            row = tl.program_id(0) * R + strip * 16 + owners[strip]
+            _add(w_ptr, row, early[strip] & 0xFFFF, early[strip], rows, K, DT)
+            for step in tl.range(CHUNK, places[2], CHUNK, num_stages=1):
+                e = _slots(slots_ptr, places, step * 32 + slot, depth)
+                _add(w_ptr, row, e & 0xFFFF, e, rows, K, DT)
     if LISTS:
         for strip in tl.static_range(S):
             chunk = tl.load(chunks_ptr + first + strip) + tl.arange(0, 16)

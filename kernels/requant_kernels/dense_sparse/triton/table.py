@@ -4,7 +4,7 @@ Nothing is tuned while serving. ``benchmarks/kernels.py --tune`` measures candid
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 DEFAULT = "default"
 IN_PLACE = 4  # tokens whose x is gathered as it is; more repay the launch that transposes it
 MANY_TOKENS = 8  # of a tile, beyond which it has no registers for tokens in place
+MOST_WARPS = 8  # of a program that splits the columns among them
+BLOCKS_A_WARP = 8  # of columns that a group of warps decodes
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
 
@@ -26,10 +28,11 @@ def evenly(pairs: int, experts: int) -> int:
 class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
 
-    ``k_warps`` groups of warps share out the columns (kernel "few"; 1 with "middle"). Columns are split further until
-    about ``programs`` programs run. ``columns``: of a product (kernel "middle"; 128 or 256). ``registers``: the most
-    that a thread may have, so that as many programs fit a processor as are asked for, where a layer can do with them
-    (launch.py). ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
+    ``k_warps`` groups of warps share out the columns (kernel "few", of one token and strip at least so many, as
+    ``widened`` says; 1 with "middle"). Columns are split further until about ``programs`` programs run. ``columns``: of
+    a product (kernel "middle"; 128 or 256). ``registers``: the most that a thread may have, so that as many programs
+    fit a processor as are asked for, where a layer can do with them (launch.py). ``bits`` and ``codebook`` narrow the
+    rule to some layers; None matches all.
     """
 
     kernel: str
@@ -87,6 +90,28 @@ class Decode:
         """Of a layer [rows, columns], how many rows are decoded at a time: as many as fit, but at least SLICE."""
         fit = self.workspace_mib * 2**20 // (2 * columns)
         return max(SLICE, min(fit, rows) // SLICE * SLICE)
+
+
+@cache
+def widened(tile: Tile, tiles: int, blocks: int) -> Tile:
+    """A tile of one strip on ``tiles`` of rows and tokens, with as many groups of warps as run at once: the columns are
+    split among a program's warps, up to MOST_WARPS, before they are split among programs, whose sums take a way through
+    the device's memory."""
+    groups, most = tile.k_warps, tile.programs * tile.k_warps // tiles
+    while 2 * groups <= min(most, MOST_WARPS, blocks):
+        groups *= 2
+    wider = groups // tile.k_warps
+    return replace(tile, k_warps=groups, warps=tile.warps * wider, programs=tile.programs // wider)
+
+
+@cache
+def shared_out(decode: Decode, blocks: int) -> Decode:
+    """How rows of ``blocks`` blocks are decoded: by as few groups of warps, up to the table's, as have BLOCKS_A_WARP
+    blocks each. More would run one after the other, and wait for each other to exchange weights for the store."""
+    groups = 1
+    while groups < decode.k_warps and groups * BLOCKS_A_WARP < blocks:
+        groups *= 2
+    return replace(decode, k_warps=groups, warps=min(decode.warps, groups))
 
 
 @dataclass(frozen=True)

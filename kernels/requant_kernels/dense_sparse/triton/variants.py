@@ -15,7 +15,6 @@ from requant_kernels.dense_sparse.triton.launch import (
     TRANSPOSE_COLUMNS,
     most_steps,
     register_bound,
-    widened,
 )
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
@@ -34,7 +33,7 @@ from requant_kernels.dense_sparse.triton.routing import (
     align_kernel,
     combine_kernel,
 )
-from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, tables
+from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, shared_out, tables, widened
 from requant_kernels.dense_sparse.triton.windows import WIDTHS
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
@@ -168,6 +167,7 @@ def _cover() -> Iterator[Variant]:
         assert first
         yield _variant("h200", first, bits, group, kind, "bf16")
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
+        yield _variant("h200", shared_out(hopper.decode, 16), bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
     yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", split=HERE)
