@@ -89,6 +89,9 @@ def few_kernel(
     ALL: tl.constexpr = TOKENS > 1 and TOKENS <= 8
     EARLY: tl.constexpr = TOKENS == 1
     AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
+    # How many chunks of lists there are is asked for early by one token. Of more, and with 2 bits, ptxas has no
+    # register left of those that it allows itself.
+    SOON: tl.constexpr = LISTS and BITS > 2 and TOKENS == 1
     PARTS: tl.constexpr = parts_of(TOKENS, TRANSPOSED)
     FOURS: tl.constexpr = QUADS and SPAN > 16
     # Subtracting the midpoint after the product costs a second product, before it an instruction for every two weights
@@ -154,7 +157,7 @@ def few_kernel(
             owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST and EARLY:
         left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, 1)
-    if LISTS and BITS > 2:  # with 2 bits ptxas gives a thread 64 registers, of which this would be the 65th
+    if SOON:
         most = most_chunks(bounds_ptr, first, S)
     if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
@@ -219,7 +222,7 @@ def few_kernel(
         if SLOTS:
             sums = add_lanes(sums, products, owners, TOKENS, PARTS)
         if LISTS:
-            if BITS == 2:
+            if not SOON:
                 most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
