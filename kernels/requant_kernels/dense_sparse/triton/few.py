@@ -83,15 +83,16 @@ def few_kernel(
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
-    # Where the steps that some strips alone have stand is to be looked up. Up to 8 tokens they go with the blocks, too,
-    # because x^T is waited for in any case. One token waits for nothing but the first words: the first of them is on
-    # its way while codes are decoded. With 16 tokens there are no registers for either.
+    # Where the steps that some strips alone have stand is to be looked up. From 2 to 8 tokens they go with the blocks,
+    # too, because x^T is waited for in any case. Else what blocks leave comes at the end: the first of it is on its way
+    # while codes are decoded, as many steps as there are registers for.
     ALL: tl.constexpr = TOKENS > 1 and TOKENS <= 8
-    EARLY: tl.constexpr = TOKENS == 1
+    FIRST: tl.constexpr = max(1, 4 // KW) if GROUP >= 128 else 1
     AFTER: tl.constexpr = 4 if TOKENS == 1 else 2  # steps at a time, when the rest is done
-    # How many chunks of lists there are is asked for early by one token. Of more, and with 2 bits, ptxas has no
-    # register left of those that it allows itself.
-    SOON: tl.constexpr = LISTS and BITS > 2 and TOKENS == 1
+    # How much comes at the end is asked for before the blocks, but of 8 bits with 2 to 8 tokens. So is how many chunks
+    # of lists there are, of 3 bits and more with one token. Of others ptxas has no register left of those it allows
+    # itself.
+    SOON: tl.constexpr = REST and (BITS < 8 or not ALL)
     PARTS: tl.constexpr = parts_of(TOKENS, TRANSPOSED)
     FOURS: tl.constexpr = QUADS and SPAN > 16
     # Subtracting the midpoint after the product costs a second product, before it an instruction for every two weights
@@ -153,11 +154,12 @@ def few_kernel(
         slots = fetch_slots(slots_ptr, inside, (lo + group % KW) * Q, depth, 1, Q)
         products = no_products(S * KW, TOKENS, PARTS)
         rows = rows_of(pairs_ptr, TOKENS, PARTS, 0 if TRANSPOSED else TOP)
-        if TOKENS <= 8:
-            owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
-    if REST and EARLY:
-        left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, 1)
+        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if SOON:
+        more = deepest(further_ptr, strip, depth, S) - beside
+        if not ALL:
+            left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, FIRST)
+    if LISTS and BITS > 2 and TOKENS == 1:
         most = most_chunks(bounds_ptr, first, S)
     if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
@@ -200,17 +202,15 @@ def few_kernel(
                     acc += tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) * step.to(tl.float32)
         if SLOTS:
             products = add_products(products, gathered, now_slots, Q, PARTS, DT)
-    if SLOTS and TOKENS > 8:
-        places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
-        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
-        more = deepest(further_ptr, strip, depth, S) - beside
+        if not SOON:
+            more = deepest(further_ptr, strip, depth, S) - beside
         rest = beside + split * KW + group % KW
-        if EARLY:
-            gathered = gather_parts(xt_ptr, left, rows, sources, K, TOKENS, TRANSPOSED, 1)
-            products = add_products(products, gathered, left, 1, PARTS, DT)
-            rest += splits * KW
-            more -= splits * KW
+        if not ALL:
+            gathered = gather_parts(xt_ptr, left, rows, sources, K, TOKENS, TRANSPOSED, FIRST)
+            products = add_products(products, gathered, left, FIRST, PARTS, DT)
+            rest += splits * KW * FIRST
+            more -= splits * KW * FIRST
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
             theirs = gather_parts(xt_ptr, few, rows, sources, K, TOKENS, TRANSPOSED, AFTER)
@@ -222,7 +222,7 @@ def few_kernel(
         if SLOTS:
             sums = add_lanes(sums, products, owners, TOKENS, PARTS)
         if LISTS:
-            if not SOON:
+            if BITS == 2 or TOKENS > 1:
                 most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, xt_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
