@@ -105,13 +105,14 @@ def _variant(  # noqa: PLR0917
         constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
     else:
         constants |= {"SLOTS": sparse, "KW": rule.k_warps}
+    if rule not in (*tables()[table].tiles, tables()[table].decode):
+        label += f" {rule.k_warps} k_warps"
     name = (
         f"{table} {'experts ' if top else ''}{label} W{bits} g{group} {KINDS[kind]} {dtype}"
         + ("", " split", " overflow")[split]
     )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
     name += f" {tokens} tokens" if tokens else ""
-    name += f" {rule.k_warps} k_warps" if rule not in (*tables()[table].tiles, tables()[table].decode) else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     bound = register_bound(tile, kind, group, dtype == "bf16") if tile else None
