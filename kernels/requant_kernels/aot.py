@@ -41,8 +41,7 @@ MATRIX = {  # instruction -> how machine code shows it
 @dataclass(frozen=True)
 class Variant:
     """One compilation. ``signature``: argument -> triton type; ``constants``: constexpr -> value; ``aligned``: integer
-    arguments that are multiples of 16; ``targets``: target -> matrix instruction expected there ("" for none);
-    ``bound``: the most registers that a thread may have, None for as many as there are."""
+    arguments that are multiples of 16; ``targets``: target -> matrix instruction expected there ("" for none)."""
 
     name: str
     kernel: Any
@@ -52,7 +51,6 @@ class Variant:
     warps: int
     stages: int
     targets: dict[str, str]
-    bound: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,6 @@ def compile_variant(variant: Variant, target: str) -> Report:
     begun = time.monotonic()
     gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, **FP_FUSION}
-    if variant.bound:
-        options["maxnreg"] = variant.bound
     try:
         kernel = triton.compile(source(variant), target=gpu, options=options)
     except Exception as error:  # whatever the compiler raises is this variant's result

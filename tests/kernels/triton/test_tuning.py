@@ -22,7 +22,7 @@ MIDDLE = Tile("middle", up_to=20, tokens=32, strips=8, warps=4, stages=2, progra
 
 
 def geometry(tile: Tile | None) -> Tile | None:
-    return tile and replace(tile, registers=None, bits=None, codebook=None)
+    return tile and replace(tile, bits=None, codebook=None)
 
 
 @pytest.mark.parametrize(("name", "processors", "columns"), [("h200", 132, 256), ("a100", 108, 128)])

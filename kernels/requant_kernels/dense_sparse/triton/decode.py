@@ -161,7 +161,7 @@ def tile(
 ):  # fmt: skip
     """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values.
 
-    With QUADS the columns are in the order of ``quads``.
+    With QUADS a thread's two columns of a plane are next to those of the next one (operand.py).
     """
     p = _planes(words, levels, exponent, FIRST, 1, PLANES, BITS, KIND, DT)
     if QUADS and PLANES > 1:

@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton.few import few_kernel
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
@@ -18,9 +18,8 @@ from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
-QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: decode.quads
+QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: operand.py
 TRANSPOSE_COLUMNS = 64
-SIMPLE = 128  # columns under one step, at least
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
 OPTIONS = {False: {"PDL": False, **FP_FUSION}, True: {"PDL": True, "launch_pdl": True, **FP_FUSION}}
 EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and of 1024, in both halves of a word
@@ -113,13 +112,8 @@ def most_steps(tile: Tile) -> int:
     return 2 if tile.tokens <= 8 else 1
 
 
-def register_bound(tile: Tile, kind: int, group: int, bfloat16: bool) -> int | None:
-    """The tile's, for layers without zero points and with few steps a block, in bfloat16; others would spill."""
-    return tile.registers if bfloat16 and kind == SYMMETRIC and group >= SIMPLE else None
-
-
 def pairs(layer: Layer) -> bool:
-    """Whether Triton hands columns to threads in fours (decode.py, ``quads``): not of steps as narrow as a plane."""
+    """Whether Triton hands columns to threads in fours (operand.py): not of steps as narrow as a plane."""
     return QUADS and layer.group > STRIP
 
 
@@ -207,8 +201,6 @@ def _shared(call: Call, tile: Tile, sums: Sums) -> tuple[list[torch.Tensor], tup
     )
     constants = {"SPLIT": sums.split, "BIAS": bias is not None, "TOKENS": tile.tokens, "S": tile.strips}
     constants |= {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
-    if bound := register_bound(tile, layer.kind, layer.group, call.x.dtype == torch.bfloat16):
-        constants["maxnreg"] = bound
     return arrays, sizes, constants
 
 

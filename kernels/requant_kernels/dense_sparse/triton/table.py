@@ -30,9 +30,7 @@ class Tile:
 
     ``k_warps`` groups of warps share out the columns (kernel "few", of one token and strip at least so many, as
     ``widened`` says; 1 with "middle"). Columns are split further until about ``programs`` programs run. ``columns``: of
-    a product (kernel "middle"; 128 or 256). ``registers``: the most that a thread may have, so that as many programs
-    fit a processor as are asked for, where a layer can do with them (launch.py). ``bits`` and ``codebook`` narrow the
-    rule to some layers; None matches all.
+    a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
     """
 
     kernel: str
@@ -44,7 +42,6 @@ class Tile:
     programs: int
     k_warps: int = 1
     columns: int = 128
-    registers: int | None = None
     bits: tuple[int, ...] | None = None
     codebook: bool | None = None
 

@@ -14,7 +14,6 @@ from requant_kernels.dense_sparse.triton.launch import (
     REDUCE_COLUMNS,
     TRANSPOSE_COLUMNS,
     most_steps,
-    register_bound,
 )
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
@@ -115,8 +114,7 @@ def _variant(  # noqa: PLR0917
     name += f" {tokens} tokens" if tokens else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
-    bound = register_bound(tile, kind, group, dtype == "bf16") if tile else None
-    return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets, bound)
+    return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
 
 
 def _layers() -> Iterator[tuple[int, int, int]]:
