@@ -128,8 +128,7 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     token_tiles = -(-tokens // tile.tokens)
     row_tiles = -(-shape.rows // (STRIP * tile.strips))
     blocks = -(-shape.columns // BLOCK)
-    if tile.tokens == tile.strips == 1:
-        tile = widened(tile, row_tiles, blocks)
+    tile = widened(tile, row_tiles, blocks)
     wanted = tile.programs // (row_tiles * token_tiles)
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
     entries = shape.weights * load.density

@@ -33,8 +33,8 @@ SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer
 
 
 def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
-    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products
-    take 128 columns or ``columns``, from 16 on."""
+    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products take 128 columns or ``columns``,
+    from 16 on."""
     if up_to == 1:
         for k_warps, stages, waves in product((2, 4), (2, 3, 4), (4, 8, 14)):  # more k_warps where few rows are
             yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
@@ -101,9 +101,9 @@ class Stand:
 def run_once(tile: Tile, bits: int, in_use: Table, setting: Setting) -> None:
     """Compiles the variants of ``tile``: with the columns whole, split among warps, and among programs."""
     weight = layers.random_weight(SMALL, bits, GROUP, DENSITY, setting)
+    prepared = layers.prepare(Triton(only(tile, in_use)), weight, setting)  # the same for all
     for programs in (1, 256, 10**6):
         implementation = Triton(only(replace(tile, programs=programs), in_use))
-        prepared = layers.prepare(implementation, weight, setting)
         layers.run_once(implementation, prepared, SMALL, (tile.up_to,), setting)
 
 

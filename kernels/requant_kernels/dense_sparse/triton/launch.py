@@ -112,9 +112,10 @@ def most_steps(tile: Tile) -> int:
     return 2 if tile.tokens <= 8 else 1
 
 
-def pairs(layer: Layer) -> bool:
-    """Whether Triton hands columns to threads in fours (operand.py): not of steps as narrow as a plane."""
-    return QUADS and layer.group > STRIP
+def paired(group: int, even: bool, transposed: bool, routed: bool) -> bool:
+    """Whether the launch that transposes x also pairs its columns (operand.py): where Triton hands them out in fours,
+    which it does not of steps as narrow as a plane, and rows are whole blocks, of linear layers."""
+    return QUADS and group > STRIP and even and transposed and not routed
 
 
 @cache
@@ -135,8 +136,6 @@ def _row_tiles(layer: Layer, tile: Tile, experts: int) -> int:
 
 def fitted(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Tile:
     """How the table's tile runs on a layer, or on ``experts`` that are stacked to one."""
-    if tile.tokens > 1 or tile.strips > 1:
-        return tile
     return widened(tile, _row_tiles(layer, tile, experts) * token_tiles, layer.blocks)
 
 
@@ -215,11 +214,11 @@ def _few(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     constants["TRANSPOSED"] = layer.sparse and tile.transposed(routing.each if routing else call.tokens)
     constants |= {"KW": tile.k_warps, "Q": q, "REST": rest, "QUADS": QUADS, **call.sparse_constants}
     constants["EVEN"] = layer.in_features % (BLOCK * tile.k_warps) == 0
-    constants["PAIRED"] = constants["EVEN"] and constants["TRANSPOSED"] and pairs(layer) and not routing
+    constants["PAIRED"] = paired(layer.group, constants["EVEN"], constants["TRANSPOSED"], routing is not None)
     x, xt = call.x, call.x
     if constants["TRANSPOSED"]:
-        xt, paired = _transposed(call, tile, options, paired=constants["PAIRED"])
-        x = paired if constants["PAIRED"] else x
+        xt, in_pairs = _transposed(call, tile, options, in_pairs=constants["PAIRED"])
+        x = in_pairs if constants["PAIRED"] else x
     arrays += [slots, owners, further, entries, segments, bounds, *_route(call, constants)]
     token_tiles, row_tiles, splits = grid
     few_kernel[row_tiles, splits, token_tiles](x, xt, *arrays, *sizes, **constants, **options)
@@ -246,17 +245,22 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
 
 
 def _transposed(
-    call: Call, tile: Tile, options: dict[str, Any], *, paired: bool = False
+    call: Call, tile: Tile, options: dict[str, Any], *, in_pairs: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x^T [tiles, K, tokens] of each tile of tokens, and, if wanted, x as operand.py wants it."""
-    constants: dict[str, Any] = {"TOKENS": tile.tokens, "COLUMNS": TRANSPOSE_COLUMNS, "num_warps": 4, "PAIRED": paired}
+    constants: dict[str, Any] = {
+        "TOKENS": tile.tokens,
+        "COLUMNS": TRANSPOSE_COLUMNS,
+        "num_warps": 4,
+        "PAIRED": in_pairs,
+    }
     route = _route(call, constants)
     tiles, columns = call.token_tiles(tile), call.x.shape[1]
     xt = call.x.new_empty(tiles, columns, tile.tokens)
-    in_pairs = torch.empty_like(xt) if paired else xt
+    pairs = torch.empty_like(xt) if in_pairs else xt
     grid = (-(-columns // TRANSPOSE_COLUMNS), tiles)
-    transpose_kernel[grid](call.x, xt, in_pairs, *route, call.tokens, columns, **constants, **options)
-    return xt, in_pairs
+    transpose_kernel[grid](call.x, xt, pairs, *route, call.tokens, columns, **constants, **options)
+    return xt, pairs
 
 
 def _reduce(  # noqa: PLR0917

@@ -68,8 +68,10 @@ def decode_kernel(
         slot = tl.arange(0, CHUNK * 32)
         owners = ()
         early = ()
+        located = ()
         for strip in tl.static_range(S):
             places = locate_strips(further_ptr, first + strip, True, depth, strips)
+            located = located + (places,)  # noqa: RUF005
             owners = owners + (tl.load(owners_ptr + (first + strip) * 32 + slot % 32),)  # noqa: RUF005
             early = early + (_slots(slots_ptr, places, slot, depth),)  # noqa: RUF005
     words = ()
@@ -95,7 +97,7 @@ def decode_kernel(
         tl.debug_barrier()  # the entries are added to what other threads of this program have just written
     if SLOTS:
         for strip in tl.static_range(S):
-            places = locate_strips(further_ptr, first + strip, True, depth, strips)
+            places = located[strip]
             row = tl.program_id(0) * R + strip * 16 + owners[strip]
             _add(w_ptr, row, early[strip] & 0xFFFF, early[strip], rows, K, DT)
             for step in tl.range(CHUNK, places[2], CHUNK, num_stages=1):

@@ -91,9 +91,11 @@ class Decode:
 
 @cache
 def widened(tile: Tile, tiles: int, blocks: int) -> Tile:
-    """A tile of one strip on ``tiles`` of rows and tokens, with as many groups of warps as run at once: the columns are
-    split among a program's warps, up to MOST_WARPS, before they are split among programs, whose sums take a way through
-    the device's memory."""
+    """The tile on ``tiles`` of rows and tokens; of one token and strip with as many groups of warps as run at once: the
+    columns are split among a program's warps, up to MOST_WARPS, before they are split among programs, whose sums take a
+    way through the device's memory."""
+    if tile.tokens > 1 or tile.strips > 1:
+        return tile
     groups, most = tile.k_warps, tile.programs * tile.k_warps // tiles
     while 2 * groups <= min(most, MOST_WARPS, blocks):
         groups *= 2

@@ -14,6 +14,7 @@ from requant_kernels.dense_sparse.triton.launch import (
     REDUCE_COLUMNS,
     TRANSPOSE_COLUMNS,
     most_steps,
+    paired,
 )
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
@@ -97,7 +98,7 @@ def _variant(  # noqa: PLR0917
         constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
         constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
         constants["EVEN"] = not crowded
-        constants["PAIRED"] = constants["TRANSPOSED"] and constants["EVEN"] and QUADS and group > 16 and not top
+        constants["PAIRED"] = paired(group, not crowded, constants["TRANSPOSED"], bool(top))
     if tile and kernel is middle_kernel:
         constants["COLUMNS"] = tile.columns
         constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
