@@ -4,13 +4,12 @@
 
 A line for each checkpoint, over its layers with entries: their mean share of the weights; entries in the median row,
 the 90th and the 99th percentile row and the fullest one, over the layer's mean (mean of layers); slots an entry, and
-the share of entries that stand in lists because their rows are crowded (few_kernel reads both); the widths of windows,
-by layers, and the share of entries in none (middle_kernel). Evenly scattered entries, 0.5 % of 4096 columns, have 1.35
-slots each, none in lists and 2 % in no window.
+the share of entries that stand in lists because their rows are crowded (one_kernel reads both); and of all blocks of a
+strip those that have more entries than 32, and than 64, a warp's two rounds (patch.py). Evenly scattered entries, 0.5 %
+of 4096 columns, have 1.35 slots each, none in lists, and 0.7 % and none of the blocks.
 """
 
 import sys
-from collections import Counter
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -20,9 +19,9 @@ from requant import models
 from requant.markdown import table
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
-from requant_kernels.dense_sparse.triton.slots import Entries, build_slots
+from requant_kernels.dense_sparse.triton.patches import LANES, build_patches
+from requant_kernels.dense_sparse.triton.slots import build_slots
 from requant_kernels.dense_sparse.triton.strips import BLOCK, ROW_ALIGNMENT, STRIP, padded
-from requant_kernels.dense_sparse.triton.windows import build_windows
 from requant_kernels.sparse import SparsePart
 
 RANKS = (0.5, 0.9, 0.99, 1.0)
@@ -44,27 +43,27 @@ def sparse_parts(stored: StoredCheckpoint) -> dict[str, SparsePart]:
 
 
 class Placement(NamedTuple):
-    """ranks: entries in rows of RANKS over the mean; slots: an entry; listed, left: shares of the entries in lists and
-    in no window; width: of windows."""
+    """ranks: entries in rows of RANKS over the mean; slots: an entry; listed: the share of the entries in lists;
+    second, third: of the blocks that need a second round, and a third."""
 
     ranks: list[float]
     slots: float
     listed: float
-    left: float
-    width: int
+    second: float
+    third: float
 
 
 def measured(part: SparsePart) -> Placement:
     counts = part.row_offsets.diff().float()
     ranks = counts.quantile(torch.tensor(RANKS)) / counts.mean()
-    entries = Entries.of(part)
-    slots = build_slots(entries, padded(part.out_features, ROW_ALIGNMENT) // STRIP)
+    strips = padded(part.out_features, ROW_ALIGNMENT) // STRIP
+    patches = build_patches(part, strips, padded(part.in_features, BLOCK) // BLOCK)
+    second, third = (float((patches.starts.diff() > rounds * LANES).float().mean()) for rounds in (1, 2))
+    slots = build_slots(part, strips)
     if slots is None:
-        return Placement(ranks.tolist(), slots=0.0, listed=1.0, left=1.0, width=0)
+        return Placement(ranks.tolist(), 0.0, 1.0, second, third)
     listed = slots.rest.nnz if slots.rest else 0
-    windows = build_windows(slots, entries, padded(part.in_features, BLOCK) // BLOCK)
-    left = windows.rest.nnz if windows.rest else 0
-    return Placement(ranks.tolist(), slots.slots.numel() / part.nnz, listed / part.nnz, left / part.nnz, windows.width)
+    return Placement(ranks.tolist(), slots.slots.numel() / part.nnz, listed / part.nnz, second, third)
 
 
 def main() -> None:
@@ -74,11 +73,11 @@ def main() -> None:
         found = [measured(part) for part in parts.values()]
         density = mean(part.nnz / part.out_features / part.in_features for part in parts.values())
         ranks = " / ".join(f"{mean(one.ranks[i] for one in found):.1f}" for i in range(len(RANKS)))
-        widths = ", ".join(f"{width}: {count}" for width, count in sorted(Counter(one.width for one in found).items()))
-        slots, listed, left = (mean(values) for values in zip(*(one[1:4] for one in found), strict=True))
-        rows.append((folder.name, f"{density:.2%}", ranks, f"{slots:.1f}", f"{listed:.0%}", widths, f"{left:.0%}"))
+        slots, listed, *rounds = (mean(values) for values in zip(*(one[1:] for one in found), strict=True))
+        more = " / ".join(f"{share:.1%}" for share in rounds)
+        rows.append((folder.name, f"{density:.2%}", ranks, f"{slots:.1f}", f"{listed:.0%}", more))
     head = ("checkpoint", "entries", "in rows of rank 50 / 90 / 99 / 100 %", "slots an entry", "in lists")
-    print(table((*head, "windows", "in no window"), rows))
+    print(table((*head, "blocks of over 32 / 64"), rows))
 
 
 if __name__ == "__main__":

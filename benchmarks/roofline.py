@@ -3,7 +3,7 @@
     python benchmarks/roofline.py        the tables of docs/ROOFLINE.md, in Markdown
 
 The model is a maximum of four times (device memory, L2 to multiprocessors, instructions, tensor cores) plus what does
-not overlap (launches, transpose, the sum of shares, decoding before a product). It predicts no stalls: a measured time
+not overlap (launches, the sum of shares, decoding before a product). It predicts no stalls: a measured time
 above it by half is ordinary.
 
 Beyond every tile a slice of the layer is decoded, then multiplied. Both run in waves of one program a processor, so a
@@ -19,7 +19,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
 
-from requant_kernels.dense_sparse.triton.layer import TRANSPOSED_FROM
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables, widened
 
@@ -27,19 +26,17 @@ from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Ex
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-# Of the loops on sm_90 (`make aot`), triton 3.6: a weight, by kernel; with few tokens a slot, a slot and token; in the
-# middle what putting in entries adds for each weight, whose windows have two slots at 0.5 %.
-INSTRUCTIONS = {"few": 2.1, "middle": 3.2, "decode": 2.9}
-SLOT_INSTRUCTIONS, TOKEN_INSTRUCTIONS = 14, 3.3
-PATCH_INSTRUCTIONS = 2.9
-# Of the cycles in which a scheduler could issue, those in which it does: by Nsight Compute on an H200, 2026-11-27, with
-# the kernels of that morning. Warps wait for each other and for what they asked for; more of them do not fit.
-ISSUED = {"few": 0.48, "middle": 0.30, "decode": 0.16}
-WINDOW_BITS = 8 / 64  # a weight: where a window of 64 begins
+# Of the loops on sm_90 (`make aot`), triton 3.6: a weight, by kernel, without entries; one token adds some for a slot,
+# the others for each weight what patching takes (patch.py), whatever the number of entries up to two rounds.
+INSTRUCTIONS = {"one": 2.1, "middle": 2.9, "decode": 2.9}
+SLOT_INSTRUCTIONS = 17
+PATCH_INSTRUCTIONS = 0.5
+# Of the cycles in which a scheduler could issue, those in which it does: by Nsight Compute on an H200, 2026-11-27, one
+# token, and 16 of that day's kernels. Warps wait for each other and for what they asked for; more do not fit.
+ISSUED = {"one": 0.48, "middle": 0.49}
+BLOCK_BITS = 32 / (STRIP * BLOCK)  # a weight: where the entries of a block begin
 FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
-LEFT = 0.02  # of the entries are left over by windows: the middle reads their x apart
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
-SECTOR = 32  # bytes, the least that comes from L2
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
@@ -71,8 +68,8 @@ class Gpu:
         return programs / (-(-programs // self.processors) * self.processors)
 
 
-GPUS = (  # copy and product rates: 90 % and 80 % of the data sheet's; L2: assumed, not in any data sheet
-    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 7.0e12, 50 * 2**20, 790e12),
+GPUS = (  # copy and product rates: 90 % and 80 % of the data sheet's; L2: what 64 tokens drew on an H200, assumed else
+    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 6.3e12, 50 * 2**20, 790e12),
     Gpu("A100 80 GB", "a100", 108, 1.41e9, 1.84e12, 4.0e12, 40 * 2**20, 250e12),
 )
 
@@ -109,8 +106,8 @@ class Load:
 
     @property
     def stored(self) -> float:
-        """Bytes of the layer."""
-        return self.shape.weights * bits_a_weight(self.bits, self.group, self.density) / 8
+        """Bytes of the layer that one pass over it reads."""
+        return self.shape.weights * bits_a_weight(self.bits, self.group, self.density, self.tokens == 1) / 8
 
     @property
     def moved(self) -> int:
@@ -118,9 +115,9 @@ class Load:
         return 2 * self.tokens * (self.shape.rows + self.shape.columns)
 
 
-def bits_a_weight(bits: int, group: int, density: float) -> float:
-    """Of the runtime layout: codes, 16-bit steps, 32-bit slots."""
-    return bits + 16 / group + density * 32 * FILL
+def bits_a_weight(bits: int, group: int, density: float, one: bool) -> float:
+    """What is read of the runtime layout: codes, 16-bit steps, and 32 bits a slot for one token, an entry for more."""
+    return bits + 16 / group + (density * 32 * FILL if one else density * 32 + BLOCK_BITS * (density > 0))
 
 
 def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
@@ -131,33 +128,19 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     tile = widened(tile, row_tiles, blocks)
     wanted = tile.programs // (row_tiles * token_tiles)
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
-    entries = shape.weights * load.density
-    if tile.kernel == "few":
-        for_entries = entries * FILL * (SLOT_INSTRUCTIONS + TOKEN_INSTRUCTIONS * tile.tokens)
-        stored = load.stored
-    else:
-        for_entries = shape.weights * PATCH_INSTRUCTIONS if entries else 0
-        stored = load.stored + (shape.weights * WINDOW_BITS / 8 if entries else 0)
+    one = tile.kernel == "one"
+    of_slots = shape.weights * load.density * FILL * SLOT_INSTRUCTIONS
+    for_entries = of_slots if one else shape.weights * PATCH_INSTRUCTIONS * (load.density > 0)
     instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
-    from_l2 = entries * LEFT if tile.kernel == "middle" else entries
-    transposed = entries and (tile.transposed(tokens) or (tile.kernel == "middle" and tile.tokens >= TRANSPOSED_FROM))
-    gathered = 0.0  # few x fit into the L1
-    if transposed:
-        gathered = from_l2 * token_tiles * max(SECTOR, 2 * tile.tokens) + 4 * tokens * shape.columns
-    elif tile.kernel == "middle":
-        gathered = from_l2 * tokens * SECTOR
-    activations = row_tiles * 2 * tokens * shape.columns + gathered
+    activations = row_tiles * 2 * tokens * shape.columns  # what one token gathers fits into the L1
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
-    flops = 2 * tile.tokens * token_tiles * shape.weights
-    fixed = (1 + bool(transposed)) * gpu.launch + (splits > 1) * JOIN
-    issue = instructions / gpu.instructions / ISSUED[tile.kernel]
-    tensor = flops / gpu.product / (0.6 if tile.kernel == "few" else 1.0)  # mma.sync does not reach wgmma's rate
+    flops = 2 * max(8, tile.tokens) * token_tiles * shape.weights
     return Prediction(
-        memory=(stored + load.moved) / gpu.copy,
-        l2=(token_tiles * stored + activations + shares) / gpu.l2,
-        issue=issue,
-        tensor=tensor,
-        fixed=fixed,
+        memory=(load.stored + load.moved) / gpu.copy,
+        l2=(token_tiles * load.stored + activations + shares) / gpu.l2,
+        issue=instructions / gpu.instructions / ISSUED[tile.kernel],
+        tensor=flops / gpu.product / (0.6 if one else 1.0),  # mma.sync does not reach wgmma's rate
+        fixed=gpu.launch + (splits > 1) * JOIN,
     )
 
 
@@ -284,16 +267,15 @@ def routed(gpu: Gpu, load: Routed) -> float:
     each = evenly(load.pairs, load.model.experts)
     tile = tables()[gpu.table].routed(load.tokens, each, load.bits, False)
     blocks = load.blocks(tile.tokens)
-    launches, total = 3, 0.0  # blocks of pairs, activation, sum
+    total = 5 * gpu.launch  # blocks of pairs, products, activation, sum
     for shape in load.products:
         one = Load(shape, load.bits, load.group, load.density, tile.tokens)
         part = matrix_kernel(gpu, tile, one)  # of one block
-        launches += 1 + bool(load.density and (tile.transposed(each) or tile.tokens >= TRANSPOSED_FROM))
         total += max(
             load.reached * one.stored / gpu.copy,
             *(blocks * seconds for seconds in (part.l2, part.issue, part.tensor)),
         )
-    return total + launches * gpu.launch
+    return total
 
 
 def routed_unquantized(gpu: Gpu, load: Routed) -> float:
@@ -321,11 +303,14 @@ def experts_table(gpu: Gpu) -> list[str]:
 
 
 def bytes_table() -> list[str]:
-    lines = ["| scheme | sparse | bits a weight | bytes against bf16 |", "|---|---:|---:|---:|"]
+    lines = [
+        "| scheme | sparse | bits a weight, one token | bytes against bf16 | more tokens |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for scheme, (bits, group) in SCHEMES.items():
         for density in (0.0, 0.001, 0.005, 0.01):
-            stored = bits_a_weight(bits, group, density)
-            lines.append(f"| {scheme} | {density:.1%} | {stored:.2f} | 1 / {16 / stored:.2f} |")
+            stored, more = (bits_a_weight(bits, group, density, one) for one in (True, False))
+            lines.append(f"| {scheme} | {density:.1%} | {stored:.2f} | 1 / {16 / stored:.2f} | {more:.2f} |")
     return [*lines, ""]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/traffic.py --tokens 4              a tile of the H200's table on a small layer, W4 g128
     python benchmarks/traffic.py --tokens 64 --gpu a100 --bits 3 --density 0
-    python benchmarks/traffic.py --tokens 4 --tile '{"kernel": "few", "up_to": 4, "tokens": 4, "strips": 4, "warps": 4,
+    python benchmarks/traffic.py --tokens 4 --tile '{"kernel": "middle", "up_to": 4, "tokens": 16, "strips": 8,
         "stages": 3, "programs": 1}'                     another tile than the table's
 
 A row for each line of source that accesses memory, those first that keep shared memory or the first level cache busy

@@ -28,10 +28,10 @@ INTERPRETED = Table(
     (),
     "the interpreter",
     (
-        Tile("few", up_to=16, tokens=16, strips=8, warps=4, stages=2, programs=1, k_warps=2),
-        Tile("middle", up_to=64, tokens=64, strips=8, warps=4, stages=2, programs=1),
+        Tile("one", up_to=1, tokens=1, strips=8, stages=2, programs=1, k_warps=2),
+        Tile("middle", up_to=64, tokens=64, strips=8, stages=2, programs=1),
     ),
-    Decode(strips=8, k_warps=1, warps=4, stages=2, workspace_mib=1),
+    Decode(strips=8, k_warps=1, stages=2, workspace_mib=1),
 )
 
 

@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
+ENDS = (1, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
 GROUP, DENSITY = 128, 0.005
 BITS = (2, 3, 4, 8)
 WORKSPACES = (32, 64, 128, 256)  # MiB
@@ -33,20 +33,14 @@ SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer
 
 
 def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
-    """Tiles worth measuring: few_kernel up to 32 tokens, middle_kernel, whose products take 128 columns or ``columns``,
-    from 16 on."""
+    """Tiles worth measuring; products of middle_kernel take 128 columns or ``columns``."""
     if up_to == 1:
         for k_warps, stages, waves in product((2, 4), (2, 3, 4), (4, 8, 14)):  # more k_warps where few rows are
-            yield Tile("few", 1, 1, 1, k_warps, stages, waves * processors, k_warps)
-    elif up_to <= 32:
-        # strips, k_warps, warps: a warp for each strip and k_warp, since fewer exchange slots and x in every iteration
-        sizes = ((8, 1, 8), (4, 1, 4), (2, 1, 2), (1, 4, 4))
-        for (strips, k_warps, warps), stages, waves in product(sizes, (2, 3), (1, 2, 3, 4)):
-            yield Tile("few", up_to, max(8, up_to), strips, warps, stages, waves * processors, k_warps)
-    if up_to >= 16:
-        widths = {min(up_to, tokens) for tokens in (32, 64, 128) if 4 * tokens >= up_to or tokens == 128}
-        for tokens, strips, stages, waves, k in product(sorted(widths), (4, 8), (2, 3), (1, 2, 4), {128, columns}):
-            yield Tile("middle", up_to, tokens, strips, strips, stages, waves * processors, columns=k)
+            yield Tile("one", 1, 1, 1, stages, waves * processors, k_warps)
+        return
+    widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128) if 4 * tokens >= up_to or tokens == 128}
+    for tokens, strips, stages, waves, k in product(sorted(widths), (4, 8), (2, 3), (1, 2, 3, 4), {128, columns}):
+        yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, columns=k)
 
 
 def only(tile: Tile | None, in_use: Table, decode: Decode | None = None) -> Table:

@@ -126,7 +126,8 @@ def compile_variant(variant: Variant, target: str) -> Report:
         return Report(variant.name, target, failure=f"does not compile: {type(error).__name__} {' '.join(last)[:160]}")
     registers, spill, code = _nvidia(kernel) if target in NVIDIA else _amd(kernel)
     found = next((name for name, pattern in reversed(MATRIX.items()) if re.search(pattern, code)), "")
-    shared, wanted = kernel.metadata.shared, variant.targets[target]
+    declared = re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm.get("ptx", ""))  # by a kernel itself (patch.py)
+    shared, wanted = kernel.metadata.shared + sum(map(int, declared)), variant.targets[target]
     failure = ""
     if spill:
         failure = f"spills registers ({spill} times)"

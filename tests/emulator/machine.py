@@ -93,6 +93,10 @@ class Code:
     def run(self, launch: Launch, memory: Global) -> None:
         values = dict(zip(self.kernel.parameters, launch.arguments, strict=True))
         values |= {f"%nctaid.{axis}": count for axis, count in zip("xyz", launch.grid, strict=True)}
+        size = launch.shared
+        for name, bytes_of in self.kernel.shared.items():
+            values[name] = -(-size // 1024) * 1024
+            size = values[name] + bytes_of
         x, y, z = map(range, launch.grid)
         places = list(product(x, y, z))
         random = Random(launch.order)
@@ -100,7 +104,7 @@ class Code:
         epoch, released = 1, np.zeros(len(places), dtype=np.int64)
         for number, place in enumerate(places):
             program = Program(place, number, epoch, released)
-            shared = Shared(launch.shared, memory.traffic)
+            shared = Shared(size, memory.traffic)
             here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
             running = [
                 self._until_end(

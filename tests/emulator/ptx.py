@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 COMMENT = re.compile(r"//[^\n]*")
 LOCATION = re.compile(r"\.loc[^\n]*?//\s*(\S+:\d+):\d+[^\n]*")
 PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,)]*?(\w+_param_\d+)")
-LABEL = re.compile(r"\s*(\$\w+):")
+LABEL = re.compile(r"\s*([$\w]+):")
+SCOPE = re.compile(r"\s*[{}]")
+REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+([^;]*);")
+DIRECTIVE = re.compile(r"^\s*\.(reg|shared|loc|pragma)\b[^\n]*", re.MULTILINE)
+SHARED = re.compile(r"\.shared\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\];")
 GUARD = re.compile(r"@(!?)(%\w+)\s+")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
 
@@ -36,10 +40,13 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """``parameters``: name -> type, in order; ``labels``: label -> index of the instruction behind it."""
+    """``parameters``: name -> type, in order; ``declared``: register -> type, of those that have names instead of
+    numbers; ``shared``: variable -> bytes; ``labels``: label -> index of the instruction behind it."""
 
     name: str
     parameters: dict[str, str]
+    declared: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -79,12 +86,16 @@ def parse(text: str) -> Kernel:
     if not entry:
         raise ValueError("no .entry in this PTX")
     kernel = Kernel(entry[1], {name: kind for kind, name in PARAMETER.findall(entry[2])})
-    source = ""
-    for statement in re.sub(r"\.(reg|loc|pragma)\b[^\n]*", "", entry[3]).split(";"):
+    source, body = "", entry[3]
+    for kind, names in REGISTERS.findall(body):
+        kernel.declared |= {name.strip(): kind for name in names.split(",") if "<" not in name}
+    kernel.shared |= {name: int(size) for name, size in SHARED.findall(body)}
+    for statement in DIRECTIVE.sub("", body).split(";"):
         rest = statement
-        while label := LABEL.match(rest):
-            kernel.labels[label[1]] = len(kernel.instructions)
-            rest = rest[label.end() :]
+        while begin := LABEL.match(rest) or SCOPE.match(rest):
+            if begin.re is LABEL:
+                kernel.labels[begin[1]] = len(kernel.instructions)
+            rest = rest[begin.end() :]
         rest = " ".join(rest.split())
         if rest.startswith("@@"):
             source = rest[2:]

@@ -57,6 +57,7 @@ class Registers:
         self._slots: dict[str, int] = {}
         self._constants: dict[tuple[int, int], int] = {}
         self._parameters = kernel.parameters
+        self._declared = {name: 0 if kind == "pred" else int(kind[1:]) // 8 for name, kind in kernel.declared.items()}
 
     def _new(self, values: Array) -> int:
         self._initial.append(values)
@@ -77,6 +78,7 @@ class Registers:
             return self._new(np.zeros(32, dtype=np.uint64))
         if operand not in self._slots:
             width = 8 if operand in self._parameters else WIDTHS.get(operand.rstrip("0123456789"), 4)
+            width = self._declared.get(operand, width)
             value = JUNK % 256**width if width else True
             self._slots[operand] = self._new(np.full(32, value, dtype=UNSIGNED.get(width, np.bool_)))
         return self._slots[operand]
@@ -100,11 +102,12 @@ class Registers:
         return self._initial[slot].dtype
 
     def filled(self, values: dict[str, int], warp: int) -> list[Array]:
-        """At the start of a warp; ``values`` of special registers and parameters."""
+        """At the start of a warp; ``values`` of special registers, variables and parameters."""
         registers = list(self._initial)
         for name in values.keys() & self._slots.keys():
             kind = self.width(self._slots[name])
             registers[self._slots[name]] = np.full(32, values[name] % 256**kind.itemsize, dtype=kind)
-        if "%tid.x" in self._slots:
-            registers[self._slots["%tid.x"]] = (LANES + 32 * warp).astype(np.uint32)
+        for name, first in (("%tid.x", 32 * warp), ("%laneid", 0)):
+            if name in self._slots:
+                registers[self._slots[name]] = (LANES + first).astype(np.uint32)
         return registers

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 
 from requant_kernels import aot
 
-NAME = "h200 few m1 W4 g128 symmetric bf16 sparse"
+NAME = "h200 one W4 g128 symmetric bf16 sparse"
 
 
 def chosen() -> aot.Variant:

@@ -15,7 +15,7 @@ from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
 from requant_kernels.dense_sparse.triton.variants import TARGETS
 
 from tests.emulator.driver import emulated
-from tests.kernels.triton.cases import FEW, Case, check, run, weight_of
+from tests.kernels.triton.cases import ONE, Case, check, run, weight_of
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ GRID = {
     "16 tokens, W3 asymmetric, uneven rows": Shipped(16, ROWS, COLUMNS, 3, 64, symmetric=False, sparse="uneven"),
     "16 tokens, dense only": Shipped(16, ROWS, COLUMNS, 4, 128, sparse="none"),
     "one token, in fours, wide": Shipped(1, 40, 2048, 4, 128, fours=True),
-    "6 tokens, in fours": Shipped(6, ROWS, 512, 4, 128, fours=True),
-    "16 tokens, in fours, W3 asymmetric": Shipped(16, ROWS, 512, 3, 64, symmetric=False, fours=True),
+    "6 tokens": Shipped(6, ROWS, 512, 4, 128),
+    "16 tokens, W3 asymmetric": Shipped(16, ROWS, 512, 3, 64, symmetric=False),
     "60 tokens, W2 asymmetric, uneven rows": Shipped(60, ROWS, COLUMNS, 2, 32, symmetric=False, sparse="uneven"),
     "60 tokens, W8": Shipped(60, ROWS, 320, 8, 64),
     "60 tokens, dense only": Shipped(60, ROWS, 512, 4, 128, sparse="none"),
@@ -93,11 +93,11 @@ def test_a_layer_waits_for_the_one_before(tokens):
 
 
 def test_it_sees_what_went_wrong_on_an_h200(monkeypatch):
-    """Batches of a product beyond the number of warps are lost, with one token: so table.py refuses such a tile. When
-    Triton computes the sums, this fails, and the refusal can go."""
-    tile = replace(FEW, tokens=1, up_to=1, strips=2, k_warps=2)
-    monkeypatch.setattr(Tile, "__post_init__", lambda self: None)
-    with emulated(90), pytest.raises(AssertionError, match="off by"):
-        check(Case(1, 128, 1024, 4, 128, tile=replace(tile, k_warps=4)))
+    """Batches of a product beyond the number of warps are lost, with one token: so a tile has as many warps. When
+    Triton computes the sums, this fails."""
+    tile = replace(ONE, strips=2)
     with emulated(90):
+        check(Case(1, 128, 1024, 4, 128, tile=tile))
+    monkeypatch.setattr(Tile, "warps", 4)
+    with emulated(90), pytest.raises(AssertionError, match="off by"):
         check(Case(1, 128, 1024, 4, 128, tile=tile))

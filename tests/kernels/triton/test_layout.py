@@ -1,20 +1,16 @@
 """The runtime layouts against their own description: naive loops read them back."""
 
-from itertools import product
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from requant_kernels.dense_sparse.triton import leftovers
 from requant_kernels.dense_sparse.triton.layer import build
-from requant_kernels.dense_sparse.triton.leftovers import build_leftovers
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
+from requant_kernels.dense_sparse.triton.patches import MANY, Patches, build_patches
 from requant_kernels.dense_sparse.triton.slots import (
     DEEPEST,
     LANES,
     SHALLOW,
-    Entries,
     Slots,
     build_slots,
     choose_lanes,
@@ -29,7 +25,6 @@ from requant_kernels.dense_sparse.triton.strips import (
     pack_strips,
     unit,
 )
-from requant_kernels.dense_sparse.triton.windows import IN_SIGHT, QUARTER, Windows, build_windows, expected
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 
@@ -141,28 +136,6 @@ def test_a_full_row_becomes_overflow_lists():
     assert int(lists.overflow[1]) == 0
 
 
-@settings(max_examples=30)
-@given(part=parts(1, 40, 300, 1500))
-def test_leftovers_hold_every_entry_once_and_no_list_is_long(part):
-    values, mask = part
-    mask &= values != 0
-    sparse, strips = SparsePart.from_mask(values, mask), 8
-    left = build_leftovers(sparse, strips)
-    read = torch.zeros(left.lists * STRIP, values.shape[1], dtype=values.dtype)
-    for one in range(left.lists):
-        for entry in range(int(left.offsets[one]), int(left.offsets[one + 1])):
-            word = int(left.words[entry])
-            assert (word & 0xFFFF) // STRIP == one
-            read[word & 0xFFFF, left.columns[entry]] += torch.tensor(word >> 16, dtype=torch.int16).view(values.dtype)
-    owner = strips_of_lists(left.overflow)
-    owner += [0] * (left.lists - len(owner))
-    whole = torch.zeros(strips, STRIP, values.shape[1], dtype=values.dtype)
-    whole.index_add_(0, torch.tensor(owner), read.view(left.lists, STRIP, -1))
-    assert torch.equal(whole.flatten(0, 1)[: len(values)], values * mask)
-    assert left.offsets.diff().max() <= max(leftovers.SHORT, LONGEST * -(-sparse.nnz // strips))
-    assert left.lists % 8 == 0
-
-
 def steps_of(slots: Slots, strip: int) -> torch.Tensor:
     """All steps of a strip, int32 [steps, 32], as slots.py describes them."""
     strips = len(slots.owners)
@@ -194,80 +167,40 @@ def with_entries(draw: st.DrawFn, *columns: int) -> tuple[torch.Tensor, torch.Te
 @given(part=with_entries(1, 40, 300))
 def test_slots_and_the_rest_hold_every_entry_once(part):
     values, mask = part
-    slots = build_slots(Entries.of(SparsePart.from_mask(values, mask)), 4)
+    slots = build_slots(SparsePart.from_mask(values, mask), 4)
     assert slots is not None
     assert slots.slots.shape == (len(slots.slots), slots.depth, LANES)
     assert slots.deepened == (int(slots.further[-1]) > 0)
     rest = 0 if slots.rest is None else slots.rest.to_dense()
     assert torch.equal(in_slots(slots, values.shape, values.dtype) + rest, values * mask)
-    held = torch.zeros(4 * STRIP, dtype=torch.int64)
-    held[: len(values)] = ((values * mask - rest) != 0).sum(1)
-    assert torch.equal(slots.rows >> 10, held.int())
 
 
-def in_windows(slots: Slots, windows: Windows, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """What windows show, read by loops as windows.py describes them; of a pair of columns the first entry hides all
-    behind it."""
-    blocks, rows = windows.starts.shape
-    read = torch.zeros(rows, blocks * BLOCK, dtype=dtype)
-    for row, block, t in product(range(shape[0]), range(blocks), range(4)):
-        place = int(slots.rows[row])
-        first, lanes, held = place & 31, place >> 5 & 31, place >> 10
-        byte = int(windows.starts[block, row]) >> (8 * t) & 0xFF
-        begin = byte - 128 + int(expected(torch.tensor(4 * block + t), torch.tensor(held), blocks))
-        entries = range(begin, min(begin + windows.width, held))
-        words = [int(steps_of(slots, row // STRIP)[entry // lanes, first + entry % lanes]) for entry in entries]
-        for quarter in range(4):
-            bound = BLOCK * block + QUARTER * quarter
-            ahead = [i for i, word in enumerate(words) if word & 0xFFFF >= bound]
-            start = ahead[0] if ahead else len(words)
-            sight = words if windows.width <= IN_SIGHT else words[start : start + IN_SIGHT]
-            seen = set()
-            for column, value in ((word & 0xFFFF, word >> 16) for word in sight):
-                if bound <= column < bound + QUARTER and column // 2 % 4 == t and column // 2 not in seen:
-                    seen.add(column // 2)
-                    read[row, column] = torch.tensor(value, dtype=torch.int16).view(dtype)
+def in_patches(patches: Patches, blocks: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """The patches read back, by loops: each block as words of two weights, in the order of a strip's codes."""
+    count = len(patches.starts) - 1
+    read = torch.zeros(count // blocks * STRIP, blocks * BLOCK, dtype=dtype)
+    for at in range(count):
+        words = torch.zeros(16 * 128 * 2, dtype=torch.int16)
+        for entry in patches.entries[patches.starts[at] : patches.starts[at + 1]].tolist():
+            words[(entry >> 16) // 2] = torch.tensor(entry & 0xFFFF).to(torch.int16)
+        strip, block = divmod(at, blocks)
+        for plane, word, half in (words != 0).view(16, 128, 2).nonzero().tolist():
+            g, t, kh, rh = word // 16, word // 4 % 4, word // 2 % 2, word % 2
+            row, column = strip * STRIP + 8 * rh + g, block * BLOCK + 16 * plane + 8 * kh + 2 * t + half
+            read[row, column] = words.view(16, 128, 2)[plane, word, half].view(dtype)
     return read[: shape[0], : shape[1]]
 
 
 @settings(max_examples=30)
-@given(part=with_entries(1, 40, 300))
-def test_windows_and_the_rest_hold_every_entry_once(part):
+@given(part=with_entries(1, 40, 300, 600))
+def test_patches_hold_every_entry_once_at_its_place(part):
     values, mask = part
-    sparse = SparsePart.from_mask(values, mask)
-    entries = Entries.of(sparse)
-    slots = build_slots(entries, 4)
-    assert slots is not None
-    windows = build_windows(slots, entries, -(-values.shape[1] // BLOCK))
-    rest = 0 if windows.rest is None else windows.rest.to_dense()
-    assert torch.equal(in_windows(slots, windows, values.shape, values.dtype) + rest, values * mask)
-
-
-@pytest.mark.parametrize(("density", "width", "outside"), [(0.001, 1, 0.04), (0.005, 2, 0.02), (0.01, 4, 0.01)])
-def test_windows_hold_nearly_all_scattered_entries(density, width, outside):
-    mask = torch.rand(512, 4096, generator=torch.Generator().manual_seed(0)) < density
-    sparse = SparsePart.from_mask(torch.ones(512, 4096, dtype=torch.bfloat16), mask)
-    entries = Entries.of(sparse)
-    slots = build_slots(entries, 32)
-    assert slots is not None
-    windows = build_windows(slots, entries, 16)
-    assert windows.width == width
-    assert windows.rest is not None
-    assert windows.rest.nnz <= outside * sparse.nnz
-
-
-def test_windows_find_entries_that_crowd_at_one_end():
-    mask = torch.zeros(16, 8192, dtype=torch.bool)
-    mask[:, -700::3] = True  # far from where they would be at equal distances
-    mask[3] = False
-    mask[3, 5] = True
-    sparse = SparsePart.from_mask(torch.ones(16, 8192, dtype=torch.bfloat16), mask)
-    entries = Entries.of(sparse)
-    slots = build_slots(entries, 1)
-    assert slots is not None
-    windows = build_windows(slots, entries, 32)
-    rest = 0 if windows.rest is None else windows.rest.to_dense()
-    assert torch.equal(in_windows(slots, windows, mask.shape, torch.bfloat16) + rest, sparse.to_dense())
+    blocks = -(-values.shape[1] // BLOCK)
+    patches = build_patches(SparsePart.from_mask(values, mask), 4, blocks)
+    assert len(patches.entries) == int(mask.sum())
+    assert torch.equal(in_patches(patches, blocks, values.shape, values.dtype), values * mask)
+    most = int(patches.starts.diff().max())
+    assert patches.rounds == min(MANY, -(-most // 32))
 
 
 def uneven_part(shape: tuple[int, int], sigma: float) -> SparsePart:
@@ -281,7 +214,7 @@ def uneven_part(shape: tuple[int, int], sigma: float) -> SparsePart:
 @pytest.mark.parametrize(("sigma", "slots_an_entry"), [(0.0, 1.4), (1.2, 1.55)])
 def test_scattered_entries_stand_in_slots_most_of_which_they_fill(sigma, slots_an_entry):
     sparse = uneven_part((2048, 4096), sigma)
-    slots = build_slots(Entries.of(sparse), 128)
+    slots = build_slots(sparse, 128)
     assert slots is not None
     assert slots.slots.numel() <= slots_an_entry * sparse.nnz
     assert slots.rest is None or slots.rest.nnz <= 0.01 * sparse.nnz
@@ -316,7 +249,7 @@ def test_columns_that_do_not_fit_a_slot_stay_in_lists():
     mask = torch.zeros(16, 70_000, dtype=torch.bool)
     mask[3, [5, 69_999]] = True
     part = SparsePart.from_mask(torch.ones(16, 70_000, dtype=torch.bfloat16), mask)
-    assert build_slots(Entries.of(part), 1) is None
+    assert build_slots(part, 1) is None
 
 
 def test_a_layer_without_entries_has_no_sparse_tensors():

@@ -7,58 +7,52 @@ import torch
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from tests.kernels.triton.cases import FEW, MIDDLE, Case, check
+from tests.kernels.triton.cases import FEW, MIDDLE, ONE, Case, check
 
 SPLIT = 64  # programs: enough to split the columns of every case
-ONE_STRIP = replace(FEW, tokens=1, up_to=1, strips=1, k_warps=4)
-ONE_GROUP = replace(FEW, strips=8, warps=8, k_warps=1)  # of warps, each with a strip of its own
+FOUR_STRIPS = replace(ONE, strips=4, k_warps=2)
+ONE_GROUP = replace(ONE, strips=8, k_warps=1)  # of warps, each with a strip of its own
 WIDE = replace(MIDDLE, columns=256)  # a product
 GRID = {
-    "W4 g128": Case(3, 40, 384, 4, 128),
-    "W2 g32 asymmetric, split columns": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
-    "W3 per row, one token": Case(1, 33, 300, 3, tile=ONE_STRIP, dtype=torch.float16),
-    "W3 g256 asymmetric": Case(2, 16, 512, 3, 256, symmetric=False),
-    "W8 g64 float16": Case(16, 17, 320, 8, 64, dtype=torch.float16),
-    "W8 per row asymmetric": Case(4, 128, 256, 8, symmetric=False),
-    "W4 codebook": Case(2, 16, 256, 4, codebook=True, sparse=0.005),
-    "W2 codebook float16": Case(3, 130, 70, 2, codebook=True, dtype=torch.float16),
-    "W4 refined to g16, row full": Case(2, 40, 272, 4, 64, cut=48, sparse="row"),
-    "dense only": Case(1, 1, 32, 4, sparse="none"),
-    "one entry": Case(2, 50, 32, 2, sparse="one"),
-    "sparse 5 %, no bias": Case(1, 64, 96, 4, 32, sparse=0.05, bias=False),
-    "5 %, two steps a block": Case(3, 40, 600, 4, sparse=0.05, tile=replace(FEW, tokens=4, up_to=4)),
-    "20 %, one token, split": Case(1, 33, 1100, 2, sparse=0.2, tile=replace(ONE_STRIP, programs=SPLIT)),
-    "20 %, 16 tokens": Case(16, 40, 600, 4, sparse=0.2, tile=ONE_GROUP),
-    "middle 20 %, split": Case(33, 40, 1100, 4, sparse=0.2, tile=replace(MIDDLE, programs=SPLIT)),
-    "crowded strip": Case(2, 48, 600, 2, sparse="strip", tile=replace(FEW, strips=8)),
-    "crowded strip, split columns": Case(1, 40, 1100, 2, sparse="strip", tile=replace(FEW, strips=8, programs=SPLIT)),
-    "uneven rows, one token": Case(1, 200, 640, 4, 64, sparse="uneven", tile=ONE_STRIP),
-    "uneven rows, 4 tokens, split": Case(
-        3, 70, 800, 3, sparse="uneven", tile=replace(FEW, tokens=4, up_to=4, programs=SPLIT)
+    "one token, W4 g128": Case(1, 40, 384, 4, 128, tile=FOUR_STRIPS),
+    "one token, W3 per row": Case(1, 33, 300, 3, tile=ONE, dtype=torch.float16),
+    "one token, W2 g32 asymmetric, split": Case(
+        1, 20, 544, 2, 32, symmetric=False, tile=replace(FOUR_STRIPS, programs=SPLIT)
     ),
-    "uneven rows, 16 tokens": Case(16, 200, 640, 4, 64, sparse="uneven", tile=ONE_GROUP),
-    "columns beyond 65536": Case(2, 20, 66_000, 4, sparse=0.001, tile=replace(FEW, k_warps=4)),
-    "one group of warps, W4 g128": Case(9, 150, 384, 4, 128, tile=ONE_GROUP),
-    "one group, W8 g32 asymmetric": Case(3, 40, 288, 8, 32, symmetric=False, tile=ONE_GROUP, dtype=torch.float16),
-    "one group, W3 codebook, split": Case(2, 200, 600, 3, codebook=True, tile=replace(ONE_GROUP, programs=SPLIT)),
-    "one group, crowded strip": Case(16, 48, 600, 2, sparse="strip", tile=ONE_GROUP),
-    "in fours, 12 tokens": Case(12, 40, 1024, 4, 128, fours=True),
-    "in fours, W3 g64 asymmetric, split": Case(
-        7, 40, 1024, 3, 64, symmetric=False, fours=True, tile=replace(FEW, tokens=8, up_to=8, programs=SPLIT)
+    "one token, W8 g64 float16": Case(1, 17, 320, 8, 64, dtype=torch.float16, tile=ONE),
+    "one token, W8 g32 asymmetric": Case(1, 150, 288, 8, 32, symmetric=False, tile=ONE_GROUP, dtype=torch.float16),
+    "one token, W4 codebook": Case(1, 16, 256, 4, codebook=True, sparse=0.005, tile=ONE),
+    "one token, dense only": Case(1, 1, 32, 4, sparse="none", tile=ONE),
+    "one token, one entry": Case(1, 50, 32, 2, sparse="one", tile=ONE),
+    "one token, sparse 5 %, no bias": Case(1, 64, 96, 4, 32, sparse=0.05, bias=False, tile=ONE_GROUP),
+    "one token, 20 %, split": Case(1, 33, 1100, 2, sparse=0.2, tile=replace(ONE, programs=SPLIT)),
+    "one token, crowded strip": Case(1, 48, 600, 2, sparse="strip", tile=ONE_GROUP),
+    "one token, crowded strip, split": Case(1, 40, 1100, 2, sparse="strip", tile=replace(ONE_GROUP, programs=SPLIT)),
+    "one token, row full": Case(1, 40, 1100, 3, sparse="row", tile=replace(ONE, programs=SPLIT)),
+    "one token, uneven rows": Case(1, 200, 640, 4, 64, sparse="uneven", tile=ONE),
+    "one token, columns beyond 65536": Case(1, 20, 66_000, 4, sparse=0.001, tile=ONE),
+    "one token, in fours": Case(1, 40, 640, 4, 128, fours=True, tile=ONE),
+    "one token, not in fours": Case(1, 40, 640, 4, 128, fours=False, tile=FOUR_STRIPS),
+    "one token, in fours, columns among 8 groups": Case(
+        1, 40, 2048, 2, 32, symmetric=False, fours=True, tile=replace(ONE, programs=8)
     ),
-    "in fours, W8 g32, one group": Case(16, 150, 512, 8, 32, fours=True, tile=ONE_GROUP),
-    "in fours, 4 tokens in place, float16": Case(4, 40, 512, 4, fours=True, dtype=torch.float16),
-    "in fours, one token": Case(1, 40, 640, 4, 128, fours=True, tile=ONE_STRIP),
-    "in fours, one token, columns among 8 groups": Case(
-        1, 40, 2048, 2, 32, symmetric=False, fours=True, tile=replace(ONE_STRIP, programs=8)
-    ),
-    "not in fours": Case(12, 40, 1024, 4, 128, fours=False),
+    "few W4 g128": Case(3, 40, 384, 4, 128),
+    "few W2 g32 asymmetric, split": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
+    "few W3 g256 asymmetric": Case(2, 16, 512, 3, 256, symmetric=False),
+    "few W8 g64 float16": Case(16, 17, 320, 8, 64, dtype=torch.float16),
+    "few W8 per row asymmetric": Case(4, 128, 256, 8, symmetric=False),
+    "few W2 codebook float16": Case(3, 130, 70, 2, codebook=True, dtype=torch.float16),
+    "few W3 codebook, split": Case(2, 200, 600, 3, codebook=True, tile=replace(MIDDLE, programs=SPLIT)),
+    "few W4 refined to g16, row full": Case(2, 40, 272, 4, 64, cut=48, sparse="row"),
+    "few 20 %": Case(16, 40, 600, 4, sparse=0.2),
+    "few columns beyond 65536": Case(2, 20, 66_000, 4, sparse=0.001),
     "middle W4 g128": Case(40, 150, 384, 4, 128, tile=MIDDLE),
     "middle W3 g32 asymmetric, split": Case(17, 16, 544, 3, 32, symmetric=False, tile=replace(MIDDLE, programs=SPLIT)),
     "middle W8 per row float16": Case(33, 20, 300, 8, tile=MIDDLE, dtype=torch.float16),
-    "middle W2 codebook": Case(20, 100, 256, 2, codebook=True, tile=replace(MIDDLE, tokens=16)),
+    "middle W2 codebook": Case(20, 100, 256, 2, codebook=True),
     "middle crowded strip": Case(18, 48, 800, 4, sparse="strip", tile=MIDDLE),
     "middle 0.5 %, whole blocks, split": Case(70, 40, 1024, 4, sparse=0.005, tile=replace(MIDDLE, programs=SPLIT)),
+    "middle 20 %, split": Case(33, 40, 1100, 4, sparse=0.2, tile=replace(MIDDLE, programs=SPLIT)),
     "middle row full, split": Case(20, 40, 1100, 3, sparse="row", tile=replace(MIDDLE, strips=4, programs=SPLIT)),
     "middle wide W3 g32 asymmetric float16": Case(
         140, 40, 608, 3, 32, symmetric=False, sparse=0.01, dtype=torch.float16, tile=replace(WIDE, tokens=128)
@@ -92,10 +86,10 @@ def cases(draw: st.DrawFn) -> Case:
     columns = draw(
         st.one_of(st.integers(1, 400), st.just(512)) if group == -1 else st.integers(1, 4).map(group.__mul__)
     )
-    tile = draw(st.sampled_from((FEW, ONE_STRIP, ONE_GROUP, MIDDLE, WIDE, None)))
+    tile = draw(st.sampled_from((ONE, ONE_GROUP, FEW, MIDDLE, WIDE, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
-        tokens=draw(st.integers(1, tile.up_to if tile and tile.kernel == "few" else 70)),
+        tokens=draw(st.integers(1, min(tile.up_to, 70) if tile else 70)),
         rows=draw(st.integers(1, 150)),
         columns=columns - refined,
         bits=draw(st.sampled_from((2, 3, 4) if codebook else (2, 3, 4, 8))),

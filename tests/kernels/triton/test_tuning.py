@@ -17,8 +17,8 @@ from benchmarks.kernel_timing import layers, shapes, tuning
 
 BITS = 3
 WRONG = 99  # stages, which the interpreter does not look at
-FEW = Tile("few", up_to=1, tokens=1, strips=8, warps=8, stages=2, programs=1)
-MIDDLE = Tile("middle", up_to=20, tokens=32, strips=8, warps=4, stages=2, programs=1)
+ONE = Tile("one", up_to=1, tokens=1, strips=8, stages=2, programs=1)
+MIDDLE = Tile("middle", up_to=20, tokens=32, strips=8, stages=2, programs=1)
 
 
 def geometry(tile: Tile | None) -> Tile | None:
@@ -37,7 +37,7 @@ def test_the_search_includes_what_is_shipped(name, processors, columns):
 def test_layers_that_were_not_tuned_keep_the_table_in_use(monkeypatch, ended, tuned_bits):
     monkeypatch.setattr(tuning, "_triton_version", lambda: "any")
     before = tables()["h200"]
-    tuned = [FEW, replace(MIDDLE, up_to=64, tokens=64)]
+    tuned = [ONE, replace(MIDDLE, up_to=64, tokens=64)]
     decode = replace(before.decode, workspace_mib=128)
     own = replace(before, tiles=tuple(tuned), decode=decode)
     data = tuning.table_data(own, tuned_bits, before, "NVIDIA H100 80GB HBM3", ended=ended)
@@ -63,7 +63,7 @@ class Faulty(tuning.Triton):
 
 def tuned(path: Path, seconds: float) -> tuple[int, str]:
     """Exit status and what was printed; each timing is shorter than the one before."""
-    found = {1: [FEW, replace(FEW, stages=WRONG)], 20: [MIDDLE]}
+    found = {1: [ONE, replace(ONE, stages=WRONG)], 20: [MIDDLE]}
     clock = itertools.count(1000, -1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(tuning, "ENDS", (1, 20))
@@ -85,8 +85,8 @@ def test_what_computes_something_else_is_named_and_never_chosen(interpreted, tmp
     assert status == 0, said
     assert f"stages={WRONG}" in next(line for line in said.splitlines() if "discarded: ArithmeticError" in line)
     table = parse(json.loads(path.read_text()))
-    assert [geometry(table.tile(tokens, BITS, False)) for tokens in (1, 20)] == [FEW, MIDDLE]
-    assert table.decode == Decode(strips=8, k_warps=1, warps=4, stages=2, workspace_mib=2)
+    assert [geometry(table.tile(tokens, BITS, False)) for tokens in (1, 20)] == [ONE, MIDDLE]
+    assert table.decode == Decode(strips=8, k_warps=1, stages=2, workspace_mib=2)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -33,13 +33,14 @@ def load_rows(ptr, stride, COUNT: tl.constexpr):
 
 @triton.jit
 def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
-    return tl.reshape(tl.load(ptr, mask=live, other=0), (S, KW, 8, 4, 2, 2))
+    word = tl.load(ptr) if live is None else tl.load(ptr, mask=live, other=0)
+    return tl.reshape(word, (S, KW, 8, 4, 2, 2))
 
 
 @triton.jit
 def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
     """The words of one block; ``ptr`` is int32* [S * KW, 128] at the first of its BITS sets. Nothing is read, and the
-    words are zero, where ``live`` is false."""
+    words are zero, where ``live`` is false; all are where it is None."""
     if BITS == 1:
         return (_word(ptr, live, S, KW),)
     elif BITS == 3:
@@ -50,18 +51,44 @@ def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr)
 
 
 @triton.jit
+def _row(e):
+    """Which row of a strip element ``e`` of [.., 8, 1, 1, 2] is: 8 rh + g."""
+    return e % 2 * 8 + e // 2 % 8
+
+
+@triton.jit
 def load_levels(ptr, stride, BITS: tl.constexpr, S: tl.constexpr):
     """The codebooks of R rows: 2**BITS int32 tensors [S, 1, 8, 1, 1, 2], a level in both halves of each word.
 
     ptr int32* at the program's first row of a table [2**BITS, stride].
     """
-    r = tl.arange(0, 16 * S)
-    row = (r // 16) * 16 + (r % 2) * 8 + (r % 16) // 2  # element (s, g, rh) is row 16 s + 8 rh + g
-    words = load_rows(ptr + row, stride, 1 << BITS)
+    e = tl.arange(0, 16 * S)
+    words = load_rows(ptr + e // 16 * 16 + _row(e), stride, 1 << BITS)
     levels = ()
     for code in tl.static_range(1 << BITS):
         levels = levels + (tl.reshape(words[code], (S, 1, 8, 1, 1, 2)),)  # noqa: RUF005 (triton knows no *)
     return levels
+
+
+@triton.jit
+def load_steps(
+    ptr, block, blocks, scale_step, stride, GROUP: tl.constexpr, KIND: tl.constexpr, S: tl.constexpr, KW: tl.constexpr
+):  # fmt: skip
+    """Steps of KW blocks from ``block`` on, as words of ``Strips.scales`` [blocks, .., stride]: a tuple of int32
+    [S, KW, 8, 1, 1, 2], for each thread those of its rows. ptr int32* at the program's first row."""
+    e = tl.arange(0, 16 * S * KW)
+    at = ptr + e // (16 * KW) * 16 + _row(e) + tl.minimum(block + e // 16 % KW, blocks - 1) * scale_step
+    words = load_rows(at, stride, words_of(GROUP, KIND))
+    steps = ()
+    for word in tl.static_range(len(words)):
+        steps = steps + (tl.reshape(words[word], (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
+    return steps
+
+
+@triton.constexpr_function
+def words_of(group, kind):
+    """Of the steps of a row and block."""
+    return 256 // group if kind == layer.ASYMMETRIC else max(1, 128 // group)
 
 
 @triton.jit
@@ -141,30 +168,64 @@ def _plane(
 
 
 @triton.jit
-def _planes(
-    words, levels, exponent, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
-    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
-):  # fmt: skip
-    """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order."""
-    if COUNT == 1:
-        return _plane(words, levels, exponent, FIRST, BITS, KIND, DT)
+def _shifted_exponent(word, BITS: tl.constexpr, DT: tl.constexpr):
+    """What takes the place of the exponent for SHIFTED: with it 2**BITS - zero point is added to both codes of a word,
+    whose sums have a bit more. Subtracted as floats, zero points cost the compiler one more instruction for every
+    weight, in which it packs them in pairs again. word: of steps and zero points."""
+    zero = word >> 16 & 0xFFFF
+    if tl.float16 == DT:  # noqa: SIM108
+        above = 0xC800 + (1 << BITS) - zero  # 1024 + 2**BITS - zero point; ``zero`` is 1024 + zero point
     else:
-        even = _planes(words, levels, exponent, FIRST, 2 * STEP, COUNT // 2, BITS, KIND, DT)
-        odd = _planes(words, levels, exponent, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, KIND, DT)
-        return tl.join(even, odd)
+        above = 0x5F80 - (zero >> 1)  # 1 + (1 - zero point / 2**BITS) / 2; ``zero`` is 1 + zero point / 2**BITS
+    return above * 0x10001
 
 
 @triton.jit
-def tile(
-    words, levels, exponent, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
-    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
+def _weights(
+    words, levels, steps, exponent, pairs, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
-    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values.
+    """Plane PLANE of a block, DT [S, KW, 8, 4, 2, 2, 2], as ``weights`` says."""
+    MODE: tl.constexpr = SHIFTED if KIND == ASYMMETRIC and (tl.float16 == DT or BITS < 8) else KIND
+    AT: tl.constexpr = PLANE * 16 // GROUP
+    above = exponent
+    if MODE == SHIFTED:
+        above = _shifted_exponent(steps[AT], BITS, DT)
+    w = _plane(words, levels, above, PLANE, BITS, MODE, DT)
+    if MODE == SHIFTED:
+        w = (w - (1024.0 + (1 << BITS)) if tl.float16 == DT else w * 2.0 - 3.0).to(DT)
+    elif KIND != CODEBOOK:
+        zero = midpoint(steps, AT, BITS, KIND, DT)
+        w = (w - (zero[:, :, :, :, :, :, None] if KIND == ASYMMETRIC else zero)).to(DT)
+    if KIND != CODEBOOK:
+        w = w * group_scale(steps, AT, KIND, DT)[:, :, :, :, :, :, None]
+    if len(pairs) > 0:
+        w = (w + halves(pairs[PLANE % len(pairs)], DT)).to(DT)
+    return w
 
-    With QUADS a thread's two columns of a plane are next to those of the next one (operand.py).
-    """
-    p = _planes(words, levels, exponent, FIRST, 1, PLANES, BITS, KIND, DT)
-    if QUADS and PLANES > 1:
+
+@triton.jit
+def _planes(
+    words, levels, steps, exponent, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order; codes
+    where GROUP is None."""
+    if COUNT > 1:
+        even = _planes(words, levels, steps, exponent, pairs, FIRST, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT)
+        odd = _planes(words, levels, steps, exponent, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT)
+        return tl.join(even, odd)
+    elif GROUP is None:
+        return _plane(words, levels, exponent, FIRST, BITS, KIND, DT)
+    else:
+        return _weights(words, levels, steps, exponent, pairs, FIRST, BITS, GROUP, KIND, DT)
+
+
+@triton.jit
+def _tile(p, S: tl.constexpr, KW: tl.constexpr, PLANES: tl.constexpr, QUADS: tl.constexpr):
+    """What ``_planes`` gives as [KW, R, 16 * PLANES]. With QUADS a thread's two columns of a plane are next to those of
+    the next one (operand.py)."""
+    if QUADS:
         # strip, kw, g, t, kh, rh, half, pair, plane of it -> kw, (strip, rh, g), (pair, kh, t, plane of it, half)
         p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES // 2, 2))
         p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 8, 6))
@@ -176,15 +237,24 @@ def tile(
 
 
 @triton.jit
-def side_by_side(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT parts [B, R, columns], a power of two, from FIRST on, as one [B, R, COUNT * columns]."""
-    if COUNT == 1:
-        return parts[FIRST]
-    else:
-        low = side_by_side(parts, FIRST, COUNT // 2)
-        high = side_by_side(parts, FIRST + COUNT // 2, COUNT // 2)
-        joined = tl.permute(tl.join(low, high), (0, 1, 3, 2))
-        return tl.reshape(joined, (low.shape[0], low.shape[1], 2 * low.shape[2]))
+def codes(
+    words, levels, exponent, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values."""
+    p = _planes(words, levels, (), exponent, (), FIRST, 1, PLANES, BITS, None, KIND, DT)
+    return _tile(p, S, KW, PLANES, QUADS)
+
+
+@triton.jit
+def weights(
+    words, levels, steps, exponent, pairs, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
+):  # fmt: skip
+    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block times their steps, as ``load_steps`` gives them, or their
+    levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns]."""
+    p = _planes(words, levels, steps, exponent, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT)
+    return _tile(p, S, KW, PLANES, QUADS)
 
 
 @triton.jit
@@ -194,66 +264,20 @@ def half_bits(word, HALF: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def shifted_exponent(scales, GROUP: tl.constexpr, BITS: tl.constexpr, S: tl.constexpr, DT: tl.constexpr):
-    """What takes the place of the exponent for SHIFTED, int32 [S, 1, 8, 1, 1, 2]: with it 2**BITS - zero point is added
-    to both codes of a word, whose sums have a bit more. Subtracted as floats, zero points cost the compiler one more
-    instruction for every weight, in which it packs them in pairs again."""
-    zero = scales[GROUP] >> 16 & 0xFFFF
-    if tl.float16 == DT:  # noqa: SIM108
-        above = 0xC800 + (1 << BITS) - zero  # 1024 + 2**BITS - zero point; ``zero`` is 1024 + zero point
-    else:
-        above = 0x5F80 - (zero >> 1)  # 1 + (1 - zero point / 2**BITS) / 2; ``zero`` is 1 + zero point / 2**BITS
-    above = tl.permute(tl.reshape(above * 0x10001, (S, 2, 8)), (0, 2, 1))  # rows as in load_levels
-    return tl.reshape(above, (S, 1, 8, 1, 1, 2))
-
-
-@triton.jit
-def group_scale(scales, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """DT [KW, R]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
-    if KIND == ASYMMETRIC or KIND == SHIFTED:  # noqa: PLR1714, SIM109 (triton knows no ``in``)
-        return half_bits(scales[GROUP], 0, DT)
-    else:
-        return half_bits(scales[GROUP // 2], GROUP % 2, DT)
-
-
-@triton.jit
-def midpoint(scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """What ``tile`` gives for the zero point of the block's group GROUP: DT [KW, R], or a number for all rows."""
+def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """DT [..]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
     if KIND == ASYMMETRIC:
-        return half_bits(scales[GROUP], 1, DT)
+        return half_bits(steps[GROUP], 0, DT)
+    else:
+        return half_bits(steps[GROUP // 2], GROUP % 2, DT)
+
+
+@triton.jit
+def midpoint(steps, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """What ``_plane`` gives for the zero point of the block's group GROUP: DT [..], or a number for all rows."""
+    if KIND == ASYMMETRIC:
+        return half_bits(steps[GROUP], 1, DT)
     elif tl.float16 == DT:
         return 1024.0 + (1 << (BITS - 1))
     else:
         return 128.0 if BITS == 8 else 1.5
-
-
-@triton.jit
-def centred(
-    values, scales, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
-):  # fmt: skip
-    """(code - zero point) in units of layout.py's ``unit``, exact in DT: values [KW, R, columns] from ``tile``."""
-    if KIND == SHIFTED:
-        return (values - (1024.0 + (1 << BITS)) if tl.float16 == DT else values * 2.0 - 3.0).to(DT)
-    zero = midpoint(scales, GROUP, BITS, KIND, DT)
-    if KIND == ASYMMETRIC:
-        return (values - zero[:, :, None]).to(DT)
-    else:
-        return (values - zero).to(DT)
-
-
-@triton.jit
-def stepped(
-    words, levels, scales, exponent, START: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
-    GROUP: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
-    QUADS: tl.constexpr,
-):  # fmt: skip
-    """Columns [START, START + COLUMNS) of a block times their steps, or their levels: DT [KW, R, COLUMNS], decoded SPAN
-    columns, which one step covers, at a time."""
-    parts = ()
-    for part in tl.static_range(START // SPAN, (START + COLUMNS) // SPAN):
-        w = tile(words, levels, exponent, part * (SPAN // 16), SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
-        if KIND != CODEBOOK:
-            w = centred(w, scales, part * SPAN // GROUP, BITS, KIND, DT)
-            w = w * group_scale(scales, part * SPAN // GROUP, KIND, DT)[:, :, None]
-        parts = parts + (w,)  # noqa: RUF005 (triton knows no *)
-    return side_by_side(parts, 0, COLUMNS // SPAN)

@@ -121,7 +121,7 @@ class RoutedExperts:
         for tokens in range(1, limit + 1):
             tile = self._tile(tokens, top)
             blocks = routed_blocks(tokens * top, self._experts, tile.tokens)
-            way: list[Any] = [tile, tile.transposed(evenly(tokens * top, self._experts))]
+            way: list[Any] = [tile]
             for product in (self._gate_up, self._down):
                 fit = fitted(product.layer, tile, blocks, self._experts)
                 _, _, splits = grid_of(product.layer, fit, blocks, self._experts)

@@ -9,7 +9,7 @@ x is not read for empty slots and padding: it may hold infinities.
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import half_bits, side_by_side
+from requant_kernels.dense_sparse.triton.decode import half_bits
 
 
 @triton.jit
@@ -34,11 +34,7 @@ def locate_strips(further_ptr, strip, live, depth, strips):
 @triton.jit
 def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
     """Q steps of L strips, every ``stride``-th from ``step`` on, zero behind the last: a tuple of int32 [32 L], the
-    lanes of one strip after those of the other. step, and ``places`` as ``locate_strips`` gives them, of each lane.
-
-    Lanes are one dimension, because Triton 3.6 would hand out the two of [L, 32] in another order when x is gathered,
-    and exchange slots through shared memory.
-    """
+    lanes of one strip after those of the other. step, and ``places`` as ``locate_strips`` gives them, of each lane."""
     near, far, steps = places
     lane = tl.arange(0, step.shape[0]) % 32
     slots = ()
@@ -50,83 +46,35 @@ def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
 
 
 @triton.jit
-def gather(x_ptr, entries, columns, m, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """x DT [..., tokens] at the columns of ``entries`` int32 [...], for tokens ``m``; zero where an entry is. x [M, K],
-    or x^T [K, TOKENS] where it is TRANSPOSED."""
-    columns = tl.expand_dims(columns, -1)
-    used = tl.expand_dims((entries >> 16) != 0, -1)
-    if TRANSPOSED:
-        return tl.load(x_ptr + (columns * TOKENS + m), mask=used, other=0.0)
-    else:
-        return tl.load(x_ptr + (m * K + columns), mask=used & (m < M), other=0.0)
-
-
-@triton.constexpr_function
-def parts_of(tokens, transposed):
-    """In how many parts the tokens are gathered, so that a thread has all of a part: 8 of them, 16 bytes, transposed,
-    one as they stand."""
-    return tokens // 8 if transposed else tokens
+def gather(x_ptr, entries, columns):
+    """x DT [...] at the columns of ``entries`` int32 [...]; zero where an entry is. x_ptr: one token."""
+    return tl.load(x_ptr + columns, mask=(entries >> 16) != 0, other=0.0)
 
 
 @triton.jit
-def no_products(L: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr):
-    """What ``add_products`` adds to: a tuple of PARTS fp32 zeros [32 L, TOKENS // PARTS]."""
-    products = ()
-    for _ in tl.static_range(PARTS):
-        products = products + (tl.zeros((32 * L, TOKENS // PARTS), tl.float32),)  # noqa: RUF005
-    return products
-
-
-@triton.jit
-def rows_of(pairs_ptr, TOKENS: tl.constexpr, PARTS: tl.constexpr, TOP: tl.constexpr):
-    """Which rows of x, or columns of x^T, each part of the tokens is: a tuple of PARTS int32 [TOKENS // PARTS]. With
-    TOP those of the block of pairs at ``pairs_ptr``."""
-    SIZE: tl.constexpr = TOKENS // PARTS
-    rows = ()
-    for start in tl.static_range(0, TOKENS, SIZE):
-        m = start + tl.arange(0, SIZE)
-        if TOP:
-            m = tl.load(pairs_ptr + m) // TOP
-        rows = rows + (m,)  # noqa: RUF005
-    return rows
-
-
-@triton.jit
-def gather_parts(x_ptr, slots, rows, M, K, TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, Q: tl.constexpr):
-    """x at the columns of ``slots`` as ``fetch_slots`` gives them, and ``rows_of``: a tuple of DT [32 L, TOKENS //
-    parts], all parts of one step after all of the step before."""
+def gather_all(x_ptr, slots, Q: tl.constexpr):
+    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L]."""
     gathered = ()
     for q in tl.static_range(Q):
-        for part in tl.static_range(parts_of(TOKENS, TRANSPOSED)):
-            x = gather(x_ptr, slots[q], slots[q] & 0xFFFF, rows[part], M, K, TOKENS, TRANSPOSED)
-            gathered = gathered + (x,)  # noqa: RUF005
+        gathered = gathered + (gather(x_ptr, slots[q], slots[q] & 0xFFFF),)  # noqa: RUF005
     return gathered
 
 
 @triton.jit
-def add_products(products, gathered, slots, Q: tl.constexpr, PARTS: tl.constexpr, DT: tl.constexpr):
-    """``products`` plus the gathered x times the values of ``slots``."""
+def add_products(products, gathered, slots, Q: tl.constexpr, DT: tl.constexpr):
+    """products fp32 [32 L] plus the gathered x times the values of ``slots``."""
     for q in tl.static_range(Q):
-        values = half_bits(slots[q], 1, DT).to(tl.float32)[:, None]
-        added = ()
-        for part in tl.static_range(PARTS):
-            x = gathered[q * PARTS + part].to(tl.float32)
-            added = added + (products[part] + x * values,)  # noqa: RUF005
-        products = added
+        products += gathered[q].to(tl.float32) * half_bits(slots[q], 1, DT).to(tl.float32)
     return products
 
 
 @triton.jit
-def add_lanes(sums, products, owners, TOKENS: tl.constexpr, PARTS: tl.constexpr):
-    """sums fp32 [L, 16, TOKENS] plus the products of each row's lanes. owners int32 [L, 32]: ``Slots.owners``.
+def add_lanes(sums, products, owners):
+    """sums fp32 [L, 16, 1] plus the products of each row's lanes. owners int32 [L, 32]: ``Slots.owners``.
 
     On the tensor cores, in two parts that tf32 holds: 10 bits, and 10 more.
     """
-    parts = ()
-    for part in tl.static_range(PARTS):
-        there = tl.reshape(products[part], (owners.shape[0], 32, TOKENS // PARTS))
-        parts = parts + (there,)  # noqa: RUF005
-    lanes = side_by_side(parts, 0, PARTS)
+    lanes = tl.reshape(products, (owners.shape[0], 32, 1))
     owners = tl.reshape(owners, (owners.shape[0], 1, 32))
     hit = tl.where(owners == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
@@ -146,11 +94,10 @@ def most_chunks(bounds_ptr, first_list, S: tl.constexpr):
 
 @triton.jit
 def multiply_lists(
-    acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, m, M, K,
-    TOKENS: tl.constexpr, TRANSPOSED: tl.constexpr, DT: tl.constexpr,
+    acc, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, lists, part, parts, DT: tl.constexpr,
 ):  # fmt: skip
-    """acc fp32 [L, 16, TOKENS] plus the products of x with every ``parts``-th chunk, from ``part`` [L] on, of ``lists``
-    [L], the longest of which has ``most`` chunks: 32 entries of 16 rows, told apart by a one-hot matrix."""
+    """acc fp32 [L, 16, 1] plus the products of x with every ``parts``-th chunk, from ``part`` [L] on, of ``lists`` [L],
+    the longest of which has ``most`` chunks: 32 entries of 16 rows, told apart by a one-hot matrix."""
     bounds = bounds_ptr + 2 * lists
     chunk = tl.load(bounds) + part
     end = tl.load(bounds + 1)
@@ -158,7 +105,7 @@ def multiply_lists(
         live = chunk < end
         e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
         columns = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
-        x = gather(x_ptr, e, columns.to(tl.int64), m, M, K, TOKENS, TRANSPOSED)
+        x = gather(x_ptr, e, columns)[:, :, None]
         hit = ((e >> 12) & 0xF)[:, None, :] == tl.arange(0, 16)[None, :, None]
         acc = tl.dot(tl.where(hit, half_bits(e, 1, DT)[:, None, :], 0.0).to(DT), x, acc)
         chunk += parts

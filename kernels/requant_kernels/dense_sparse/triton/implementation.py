@@ -33,7 +33,7 @@ class Triton(Implementation):
         return supports(config) if there else (False, reason)
 
     def prepare(self, weight: DenseSparseWeight, config: LayerConfig) -> Prepared:
-        """codes, steps and sparse entries as strips.py, slots.py, windows.py and lists.py lay them out."""
+        """codes, steps and sparse entries as strips.py, patches.py, slots.py and lists.py lay them out."""
         tensors, meta = build(weight.to(config.device))
         return Prepared(self.name, weight.out_features, tensors, meta)
 

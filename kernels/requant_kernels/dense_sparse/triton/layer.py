@@ -10,23 +10,19 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from requant_kernels.dense_sparse.triton.leftovers import Leftovers, build_leftovers
-from requant_kernels.dense_sparse.triton.lists import Lists, build_lists
-from requant_kernels.dense_sparse.triton.slots import Entries, build_slots
+from requant_kernels.dense_sparse.triton.lists import build_lists
+from requant_kernels.dense_sparse.triton.patches import build_patches
+from requant_kernels.dense_sparse.triton.slots import build_slots
 from requant_kernels.dense_sparse.triton.strips import build_strips
-from requant_kernels.dense_sparse.triton.windows import build_windows
 from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
-# Leftovers read x entry by entry, 32 bytes for every 2. Transposing it first takes a launch, and less than that from so
-# many tokens on; for layers that leave more of their entries than evenly scattered ones, always (docs/ROOFLINE.md).
-TRANSPOSED_FROM, MANY_LEFT = 128, 0.025
 MANY = 3  # steps of slots: more than any kernel takes with a block of columns
 
 
 class Beside(NamedTuple):
-    """Lists of the entries that stand in no slot, or no window."""
+    """Lists of the entries that stand in no slot."""
 
     lists: int  # strips and, behind them, overflow; a multiple of 8
     overflow: int  # 1 where there are overflow lists
@@ -44,26 +40,20 @@ class Layer:
     scale_step: int
     strips: int
     blocks: int
+    rounds: int  # of patches; 0 where there are no entries
     steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
     deepened: int  # 1 where strips have further steps
-    window: int  # entries of a window; 0 where there are no slots
-    uneven: int  # 1 where more than MANY_LEFT of the entries are left over
     beside_slots: Beside
-    beside_windows: Beside  # leftovers; all entries where there are no windows
 
     @classmethod
     def of(cls, ints: Sequence[int]) -> Self:
-        values: list[Any] = [*ints[:11], Beside(*ints[11:14]), Beside(*ints[14:])]
+        values: list[Any] = [*ints[:-3], Beside(*ints[-3:])]
         return cls(*values)
 
     @property
     def ints(self) -> tuple[int, ...]:
-        *sizes, slots, windows = (getattr(self, field.name) for field in fields(self))
-        return (*sizes, *slots, *windows)
-
-    @property
-    def sparse(self) -> bool:
-        return bool(self.steps or self.beside_slots.entries)
+        *sizes, beside = (getattr(self, field.name) for field in fields(self))
+        return (*sizes, *beside)
 
     @property
     def rows(self) -> int:
@@ -73,11 +63,7 @@ class Layer:
     def counters(self) -> int:
         """How many tiles of rows and tokens may have their columns split: enough for one token tile of strips, or
         several of larger tiles; beyond that there are programs enough."""
-        return max(self.beside_slots.lists, self.beside_windows.lists)
-
-    def transposed(self, tokens: int) -> bool:
-        """Whether tiles of ``tokens`` in the middle read x transposed for leftovers."""
-        return bool(self.uneven or (self.beside_windows.entries and tokens >= TRANSPOSED_FROM))
+        return self.beside_slots.lists
 
 
 def kind_of(weight: DenseSparseWeight) -> int:
@@ -86,26 +72,15 @@ def kind_of(weight: DenseSparseWeight) -> int:
     return SYMMETRIC if weight.zero_point is None else ASYMMETRIC
 
 
-def _tensors(part: Lists | Leftovers, name: str) -> dict[str, torch.Tensor]:
-    return {f"sparse_{name}_{field.name}": getattr(part, field.name) for field in fields(part)}
-
-
-def _beside(lists: Lists | Leftovers | None, strips: int) -> Beside:
-    return Beside(lists.lists, int(lists.lists > strips), 1) if lists else Beside(strips, 0, 0)
-
-
 def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent. routed: it is a
     stack of experts, whose crowded strips have no programs of their own."""
     strips = build_strips(weight)
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
-    entries = Entries.of(sparse) if sparse else None
-    slots = build_slots(entries, strips.strips) if entries else None
-    windows = build_windows(slots, entries, strips.blocks) if entries and slots else None
-    listed, rest = (slots.rest, windows.rest) if slots and windows else (sparse, sparse)
+    patches = build_patches(sparse, strips.strips, strips.blocks) if sparse else None
+    slots = build_slots(sparse, strips.strips) if sparse else None
+    listed = slots.rest if slots else sparse
     lists = build_lists(listed, strips.strips, whole=routed) if listed else None
-    leftovers = build_leftovers(rest, strips.strips, whole=routed) if rest else None
-    beside_slots, beside_windows = (_beside(one, strips.strips) for one in (lists, leftovers))
     layer = Layer(
         in_features=weight.in_features,
         bits=weight.scheme.weights.bits,
@@ -114,20 +89,17 @@ def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str,
         scale_step=strips.scale_step,
         strips=strips.strips,
         blocks=strips.blocks,
+        rounds=patches.rounds if patches else 0,
         steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
         deepened=int(slots.deepened) if slots else 0,
-        window=windows.width if windows else 0,
-        uneven=int(sparse is not None and rest is not None and rest.nnz > MANY_LEFT * sparse.nnz),
-        beside_slots=beside_slots,
-        beside_windows=beside_windows,
+        beside_slots=Beside(lists.lists, int(lists.lists > strips.strips), 1) if lists else Beside(strips.strips, 0, 0),
     )
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}
     tensors["arrived"] = torch.zeros(layer.counters, dtype=torch.int32, device=strips.codes.device)
-    if slots and windows:
-        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further}
-        tensors |= {"sparse_owners": slots.owners, "sparse_rows": slots.rows, "sparse_windows": windows.starts}
+    if patches:
+        tensors |= {"sparse_patches": patches.entries, "sparse_starts": patches.starts}
+    if slots:
+        tensors |= {"sparse_slots": slots.slots, "sparse_further": slots.further, "sparse_owners": slots.owners}
     if lists:
-        tensors |= _tensors(lists, "lists")
-    if leftovers:
-        tensors |= _tensors(leftovers, "left")
+        tensors |= {f"sparse_lists_{field.name}": getattr(lists, field.name) for field in fields(lists)}
     return tensors, layer.ints

@@ -1,84 +1,242 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 # ruff: noqa: PLR0917
-"""Entries put into decoded weights, in the registers of the tensor core's operand: what they cost does not grow with
-the tokens. windows.py says which slots are looked at for which columns."""
+"""Entries become part of a strip's decoded weights (patches.py): a warp scatters those of a block over a buffer in
+shared memory that holds zeros otherwise, and reads it in the order of the tensor core's operand.
+
+Triton has no such scatter, so it is PTX: one warp for each block of a strip, which touches no buffer but its own. Where
+SHARED is false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
+
+T blocks of strips are patched side by side, by as many warps; what a lane of a warp has is an element of [32 T].
+"""
 
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton import windows
-from requant_kernels.dense_sparse.triton.decode import half_bits, halves
+NOWHERE = tl.constexpr(0x2000 << 16)  # an entry behind the last of a block's places
+AHEAD = tl.constexpr(2)  # entries of a lane that are fetched before they are wanted
+STATIC = 48 * 1024  # bytes of shared memory that a kernel may declare
 
-IN_SIGHT, QUARTER = tl.constexpr(windows.IN_SIGHT), tl.constexpr(windows.QUARTER)
+
+@triton.constexpr_function
+def cover(warps):
+    """Columns of a block that a buffer covers: all, if so many fit."""
+    return 256 if 8192 * warps < STATIC else 128
+
+
+@triton.constexpr_function
+def _stride(warps):
+    """Bytes from a warp's buffer to the next one's. Behind each is room for entries that have no place in it."""
+    return 32 * cover(warps) + 16
+
+
+@triton.constexpr_function
+def _reserve(warps):
+    """Buffers of zeros; $1: where the first 16 of a lane's bytes are. Their size keeps the alignment of what follows,
+    which products read (1024)."""
+    zeros = "\n".join(
+        f"st.shared.v4.b32 [%at+{at}], {{%none, %none, %none, %none}};" for at in range(0, 32 * cover(warps), 512)
+    )
+    return f""".shared .align 1024 .b8 requant_patch[{-(-_stride(warps) * warps // 1024) * 1024}];
+        {{
+        .reg .b32 %at, %none;
+        mov.b32 %none, 0;
+        mov.b32 %at, requant_patch;
+        add.s32 %at, %at, $1;
+        {zeros}
+        mov.b32 $0, 0;
+        }}"""
+
+
+@triton.constexpr_function
+def _place(to, entry, first, warps):
+    """``to`` becomes the address of ``entry`` in the buffer at %buffer, which begins with place ``first``."""
+    if cover(warps) == 256:
+        return f"""shr.u32 {to}, {entry}, 16;
+            add.s32 {to}, {to}, %buffer;"""
+    return f"""shr.u32 {to}, {entry}, 16;
+        sub.s32 {to}, {to}, {first};
+        min.u32 {to}, {to}, 4096;
+        add.s32 {to}, {to}, %buffer;"""
+
+
+@triton.constexpr_function
+def _more(value, address, count, first, warps):
+    """Stores ``value`` at the places of the entries at ``address``, of which the warp has ``count``."""
+    return f"""mov.b64 %from, {address};
+        mov.b32 %left, {count};
+        mov.u32 %lane, %laneid;
+        MORE_${{:uid}}:
+        setp.le.s32 %done, %left, 0;
+        @%done bra.uni DONE_${{:uid}};
+        setp.lt.s32 %mine, %lane, %left;
+        mov.b32 %entry, {NOWHERE.value};
+        @%mine ld.global.b32 %entry, [%from];
+        {_place("%at", "%entry", first, warps)}
+        mov.b32 {{%half, %rest}}, %entry;
+        st.shared.b16 [%at], {value};
+        sub.s32 %left, %left, 32;
+        add.s64 %from, %from, 128;
+        bra.uni MORE_${{:uid}};
+        DONE_${{:uid}}:"""
+
+
+@triton.constexpr_function
+def _put(first, entries, more, warps):
+    """$0, $1 ...: the addresses of as many ``entries`` of a lane, whose buffer, which follows, begins with place
+    ``first``; ``more``: address and count of what the warp has besides."""
+    store = "".join(
+        f"""{_place(f"${i}", f"${entries + 1 + i}", first, warps)}
+        mov.b32 {{%half, %rest}}, ${entries + 1 + i};
+        st.shared.b16 [${i}], %half;
+        """
+        for i in range(entries)
+    )
+    further = _more("%half", f"${2 * entries + 1}", f"${2 * entries + 2}", first, warps) if more else ""
+    return f"""{{
+        .reg .pred %done, %mine;
+        .reg .b16 %half, %rest;
+        .reg .b32 %at, %buffer, %entry, %left, %lane;
+        .reg .b64 %from;
+        mov.b32 %buffer, requant_patch;
+        add.s32 %buffer, %buffer, ${entries};
+        bar.warp.sync 0xffffffff;
+        {store}
+        {further}
+        bar.warp.sync 0xffffffff;
+        }}"""
+
+
+@triton.constexpr_function
+def _clear(first, entries, more, warps):
+    """Zeros at $2, $3 ..., of ``entries``, and as ``_put`` says; $1 is the buffer."""
+    store = "\n".join(f"st.shared.b16 [${2 + i}], %none;" for i in range(entries))
+    further = _more("%none", f"${2 + entries}", f"${3 + entries}", first, warps) if more else ""
+    return f"""{{
+        .reg .pred %done, %mine;
+        .reg .b16 %half, %rest, %none;
+        .reg .b32 %at, %buffer, %entry, %left, %lane;
+        .reg .b64 %from;
+        mov.b16 %none, 0;
+        mov.b32 %buffer, requant_patch;
+        add.s32 %buffer, %buffer, $1;
+        bar.warp.sync 0xffffffff;
+        {store}
+        {further}
+        mov.b32 $0, 0;
+        }}"""
+
+
+@triton.constexpr_function
+def _read(at):
+    """Four words from ``at`` bytes behind $4 on."""
+    return f"""{{
+        .reg .b32 %at;
+        mov.b32 %at, requant_patch;
+        add.s32 %at, %at, $4;
+        ld.shared.v4.b32 {{$0, $1, $2, $3}}, [%at+{at}];
+        }}"""
 
 
 @triton.jit
-def locate_rows(strip, rows, further, depth, strips, blocks):
-    """Where the slots of each row stand, for ``load_windows``: int32 [R, 1] all. strip: each row's; rows:
-    ``Slots.rows``; further: ``Slots.further`` of the strip."""
-    first = rows & 31
-    lanes = tl.maximum(rows >> 5 & 31, 1)
-    held = rows >> 10
-    near = strip * depth * 32 + first
-    far = ((strips - 1) * depth + further) * 32 + first
-    pace = held * 1024 // (blocks * 4)
-    # 2**32 / lanes from below, and, in the bits that do not count, the lanes
-    divisor = (tl.full(rows.shape, 0xFFFFFFFF, tl.uint32) // lanes.to(tl.uint32) - 31) & 0xFFFFFFE0
-    return near, far, held, pace, divisor.to(tl.int32, bitcast=True) | lanes
+def reserve(T: tl.constexpr):
+    """Buffers, of zeros. Once, at the beginning of a kernel."""
+    lane = tl.arange(0, 32 * T)
+    at = lane // 32 * _stride(T) + lane % 32 * 16
+    tl.inline_asm_elementwise(_reserve(T), "=r,r", [at], tl.int32, False, 1)
 
 
 @triton.jit
-def load_windows(slots_ptr, places, starts, block, depth, WIDTH: tl.constexpr):
-    """The entries of a block's windows: WIDTH int32 [R, 4], zero beyond the last entry of a row. places:
-    ``locate_rows``; starts int32 [R, 1]: the block's word of ``Windows.starts``."""
-    near, far, held, pace, divisor = places
-    t = tl.arange(0, 4)[None, :]
-    first = (starts >> (8 * t) & 0xFF) - 128 + ((block * 4 + t) * pace >> 10)
+def locate(starts_ptr, block, live):
+    """Where the entries of ``block`` begin and end; none unless ``live``. starts int32* [32 T]: of a lane's strip."""
+    return tl.load(starts_ptr + block, mask=live, other=0), tl.load(starts_ptr + block + 1, mask=live, other=0)
+
+
+@triton.jit
+def fetch(entries_ptr, begin, end, ROUNDS: tl.constexpr):
+    """A lane's entries of those from ``begin`` to ``end``: a tuple of int32 [32 T], ROUNDS, at most AHEAD, of them;
+    where there are more of a warp's, their address and number, too."""
+    at = begin + tl.arange(0, begin.shape[0]) % 32
     entries = ()
-    for i in tl.static_range(WIDTH):
-        entry = first + i
-        step = tl.umulhi((entry + 1).to(tl.uint32), tl.broadcast_to(divisor, first.shape).to(tl.uint32, bitcast=True))
-        step = step.to(tl.int32)
-        at = tl.where(step < depth, near, far) + (step * 32 + entry - step * (divisor & 31))
-        entries = entries + (tl.load(slots_ptr + at, mask=entry < held, other=0),)  # noqa: RUF005
+    for i in tl.static_range(min(ROUNDS, AHEAD)):
+        entry = tl.load(entries_ptr + at + 32 * i, mask=at + 32 * i < end, other=NOWHERE)
+        entries = entries + (entry,)  # noqa: RUF005 (triton knows no *)
+    if ROUNDS > AHEAD:
+        far = (entries_ptr + at + 32 * AHEAD).to(tl.int64, bitcast=True)
+        entries = entries + (far, end - begin - 32 * AHEAD)  # noqa: RUF005
     return entries
 
 
 @triton.jit
-def patch(slots, block, START: tl.constexpr, SPAN: tl.constexpr, DT: tl.constexpr):
-    """DT [R, SPAN]: what ``load_windows`` found for SPAN of the block's columns from START on, zero elsewhere."""
-    WIDTH: tl.constexpr = len(slots)
-    R: tl.constexpr = slots[0].shape[0]
-    # Where no more are loaded than are in sight, all are.
-    SIGHT: tl.constexpr = SPAN if WIDTH <= IN_SIGHT else min(QUARTER, SPAN)
-    SEEN: tl.constexpr = min(WIDTH, IN_SIGHT)
-    start = START + SIGHT * tl.arange(0, SPAN // SIGHT)[None, :, None, None]
-    bound = block * 256 + start // QUARTER * QUARTER
-    column = start + 8 * tl.arange(0, SIGHT // 8)[None, None, :, None]
-    t = tl.arange(0, 4)[None, None, None, :]
-    pairs = tl.zeros((R, SPAN // SIGHT, SIGHT // 8, 4), tl.int32)
-    # The first of a window is put in last: an empty slot behind it, zero at column 0, then hides nothing.
-    for ahead in tl.static_range(SEEN - 1, -1, -1):
-        entry = slots[WIDTH - SEEN + ahead][:, None, None, :]
-        for i in tl.static_range(WIDTH - SEEN - 1, -1, -1):
-            passed = (slots[i][:, None, None, :] & 0xFFFF) < bound
-            entry = tl.where(passed, entry, slots[i + ahead][:, None, None, :])
-        value = (entry.to(tl.uint32, bitcast=True) >> 16).to(tl.int32, bitcast=True) << (entry << 4 & 16)
-        pairs = tl.where((entry & 0xFFFE) - (block * 256 + 2 * t) == column, value, pairs)
-    return tl.reshape(halves(tl.reshape(pairs, (R, SPAN // 2)), DT), (R, SPAN))
+def put(entries, START: tl.constexpr, ROUNDS: tl.constexpr):
+    """Entries, as ``fetch`` gives them, of the columns from START on that a buffer covers. What ``clear`` wants, which
+    has to follow: where they are."""
+    T: tl.constexpr = entries[0].shape[0] // 32
+    buffer = tl.arange(0, 32 * T) // 32 * _stride(T)
+    code: tl.constexpr = _put(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD, T)
+    if ROUNDS == 1:
+        at = tl.inline_asm_elementwise(code, "=&r,r,r", [buffer, entries[0]], tl.int32, False, 1)
+        return (at,)
+    elif ROUNDS == 2:
+        arguments = [buffer, entries[0], entries[1]]
+        return tl.inline_asm_elementwise(code, "=&r,=&r,r,r,r", arguments, (tl.int32, tl.int32), False, 1)
+    else:
+        arguments = [buffer, entries[0], entries[1], entries[2], entries[3]]
+        return tl.inline_asm_elementwise(code, "=&r,=&r,r,r,r,l,r", arguments, (tl.int32, tl.int32), False, 1)
 
 
 @triton.jit
-def multiply_leftovers(acc, start, end, x_at, stride, columns_ptr, words_ptr, n, split, splits, DT: tl.constexpr):
-    """acc fp32 [R, TOKENS] plus the products of x with every ``splits``-th piece, from ``split`` on, of the leftovers
-    from ``start`` to ``end``, those of rows ``n`` [R]: 32 entries, told apart by a one-hot matrix. x_at DT* [TOKENS,
-    1]: each token, ``stride`` from a column to the next."""
-    for at in tl.range(start + split * 32, end, splits * 32, num_stages=3):
-        entry = at + tl.arange(0, 32)
-        column = tl.load(columns_ptr + entry, mask=entry < end, other=0)
-        word = tl.load(words_ptr + entry, mask=entry < end, other=0)
-        x = tl.load(x_at + column[None, :] * stride, mask=(entry < end)[None, :], other=0.0)
-        hit = (word & 0xFFFF)[None, :] == (n & 0xFFFF)[:, None]
-        acc = tl.dot(tl.where(hit, half_bits(word, 1, DT)[None, :], 0.0).to(DT), tl.trans(x), acc)
-    return acc
+def read(like, START: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """What has been put of columns [START, START + 128), as pairs of weights: a tuple of 8 planes int32
+    [S, KW, 8, 4, 2, 2] in the layout of ``like``, a word of codes."""
+    T: tl.constexpr = S * KW
+    at = tl.arange(0, T)[:, None] * _stride(T) + tl.arange(0, 128)[None, :] * 4 + START % cover(T) * 32
+    at = tl.reshape(at, (S, KW, 8, 4, 2, 2))
+    planes = ()
+    for plane in tl.static_range(8):
+        # ``like`` is not used, but says that a lane has four words in turn
+        words = tl.inline_asm_elementwise(
+            _read(plane * 512), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4
+        )
+        planes = planes + (words,)  # noqa: RUF005
+    return planes
+
+
+@triton.jit
+def clear(at, entries, START: tl.constexpr, ROUNDS: tl.constexpr):
+    """Zeros where ``put`` has put the entries."""
+    T: tl.constexpr = entries[0].shape[0] // 32
+    buffer = tl.arange(0, 32 * T) // 32 * _stride(T)
+    code: tl.constexpr = _clear(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD, T)
+    if ROUNDS == 1:
+        tl.inline_asm_elementwise(code, "=r,r,r", [buffer, at[0]], tl.int32, False, 1)
+    elif ROUNDS == 2:
+        tl.inline_asm_elementwise(code, "=r,r,r,r", [buffer, at[0], at[1]], tl.int32, False, 1)
+    else:
+        arguments = [buffer, at[0], at[1], entries[2], entries[3]]
+        tl.inline_asm_elementwise(code, "=r,r,r,r,l,r", arguments, tl.int32, False, 1)
+
+
+@triton.jit
+def compared(entries_ptr, begin, end, START: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """What ``read`` gives, without shared memory. begin, end: ``locate``."""
+    T: tl.constexpr = S * KW
+    planes = ()
+    for _ in tl.static_range(8):
+        planes = planes + (tl.zeros((T, 128), tl.int32),)  # noqa: RUF005
+    at = begin + tl.arange(0, 32 * T) % 32
+    for first in range(0, tl.max(end - begin), 32):
+        entry = tl.load(entries_ptr + at + first, mask=at + first < end, other=NOWHERE)
+        entry = tl.reshape(entry, (T, 32, 1))
+        place = entry >> 16
+        word = (place >> 2) - START * 8 - tl.arange(0, 128)[None, None, :]
+        value = (entry & 0xFFFF) << ((place & 2) << 3)
+        added = ()
+        for plane in tl.static_range(8):
+            hit = tl.sum(tl.where(word == plane * 128, value, 0), 1)
+            added = added + (planes[plane] + hit,)  # noqa: RUF005
+        planes = added
+    shaped = ()
+    for plane in tl.static_range(8):
+        shaped = shaped + (tl.reshape(planes[plane], (S, KW, 8, 4, 2, 2)),)  # noqa: RUF005
+    return shaped

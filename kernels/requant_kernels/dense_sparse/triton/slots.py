@@ -1,7 +1,7 @@
-"""Where most entries of the sparse part stand at run time: in lanes of their rows, so that the place says the row.
+"""Where most entries of the sparse part stand for one token: in lanes of their rows, so that the place says the row.
 
 Slots. A strip of 16 rows has 32 lanes, and its rows share them out, each the more the more entries it has. Entry j of a
-row, in the order of ``Entries``, stands in lane j modulo their number, one *step* deeper each time that they are all
+row, from left to right, stands in lane j modulo their number, one *step* deeper each time that they are all
 used. An entry is its column in bits 0-15 and the value's 16 bits above; an empty slot is zero. A kernel adds up a
 lane's products in place.
 
@@ -12,12 +12,11 @@ all of a layer whose columns do not fit 16 bits.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 
 from requant_kernels.dense_sparse.triton.lists import offsets_of
-from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP, upper_half
+from requant_kernels.dense_sparse.triton.strips import STRIP, upper_half
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
 LANES = 32
@@ -25,48 +24,15 @@ LANES = 32
 DEEPEST, SHALLOW = 4, 8
 
 
-def window_of(columns: torch.Tensor) -> torch.Tensor:
-    """The window (windows.py) of each of ``columns`` int64, counted over the row: four for a block of 256."""
-    return columns // BLOCK * 4 + columns // 2 % 4
-
-
-@dataclass(frozen=True)
-class Entries:
-    """A sparse part row by row, in a row by the window (windows.py), in a window by column: rows, columns and ``at``,
-    the place within the row, int64 [nnz]; values [nnz]; ``shape`` [N, K]."""
-
-    rows: torch.Tensor
-    columns: torch.Tensor
-    values: torch.Tensor
-    at: torch.Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, sparse: SparsePart) -> Self:
-        rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
-        at = torch.arange(sparse.nnz, device=rows.device) - sparse.row_offsets[rows]
-        windows = 4 * -(-sparse.in_features // BLOCK)
-        order = torch.argsort((rows * windows + window_of(columns)) * BLOCK + columns % BLOCK)
-        return cls(rows, columns[order], sparse.values[order], at, (sparse.out_features, sparse.in_features))
-
-    def where(self, mask: torch.Tensor) -> SparsePart | None:
-        """The entries under ``mask`` bool [nnz]; None where there are none."""
-        if not bool(mask.any()):
-            return None
-        return SparsePart.from_coo(self.rows[mask], self.columns[mask], self.values[mask], self.shape)
-
-
 @dataclass(frozen=True)
 class Slots:
     """slots int32 [strips and more, depth, 32], further steps behind those of the strips; further int32 [strips + 1]:
     where the further steps of each strip begin, counted from the first; owners int32 [strips, 32]: the row, of the
-    strip's 16, that a lane belongs to; rows int32 [16 * strips]: a row's first lane in bits 0-4, their number in bits
-    5-9, above the number of its entries that have a slot; ``rest``: the others, None where there are none."""
+    strip's 16, that a lane belongs to; ``rest``: the entries that have no slot, None where there are none."""
 
     slots: torch.Tensor
     further: torch.Tensor
     owners: torch.Tensor
-    rows: torch.Tensor
     rest: SparsePart | None
 
     @property
@@ -97,12 +63,13 @@ def needed_steps(counts: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
     return steps.clamp(max=DEEPEST * -(-int(steps.sum()) // len(steps)) + SHALLOW)
 
 
-def build_slots(entries: Entries, strips: int) -> Slots | None:
-    """``entries`` of a layer of ``strips`` strips, at least one entry, whose values are bfloat16 or float16, on its
+def build_slots(sparse: SparsePart, strips: int) -> Slots | None:
+    """``sparse``, at least one entry, whose values are bfloat16 or float16, of a layer of ``strips`` strips, on its
     device; None where columns do not fit."""
-    if entries.shape[1] > MAX_UINT16_COLUMNS:
+    if sparse.in_features > MAX_UINT16_COLUMNS:
         return None
-    rows, device = entries.rows, entries.rows.device
+    rows, device = sparse.rows().long(), sparse.values.device
+    within = torch.arange(sparse.nnz, device=device) - sparse.row_offsets[rows]
     counts = torch.bincount(rows, minlength=strips * STRIP).view(strips, STRIP)
     lanes = choose_lanes(counts)
     first = lanes.cumsum(1) - lanes
@@ -111,13 +78,15 @@ def build_slots(entries: Entries, strips: int) -> Slots | None:
     further = offsets_of((steps - depth).clamp(min=0))
     slots = torch.zeros(strips + -(-int(further[-1]) // depth), depth, LANES, dtype=torch.int32, device=device)
     strip, count = rows // STRIP, lanes.view(-1)[rows]
-    step, lane = entries.at // count, first.view(-1)[rows] + entries.at % count
+    step, lane = within // count, first.view(-1)[rows] + within % count
     has = step < steps[strip]
     place = torch.where(step < depth, strip * depth, (strips - 1) * depth + further[strip]) + step
-    words = upper_half(entries.values) | entries.columns.to(torch.int32)
+    words = upper_half(sparse.values) | sparse.columns.to(torch.int32)
     slots.view(-1)[(place * LANES + lane)[has]] = words[has]
     # lanes that no row has are empty: whose they are does not matter
     owners = (torch.arange(LANES, device=device) >= first[:, :, None]).sum(1) - 1
-    held = torch.minimum(counts, lanes * steps[:, None])
-    packed = (first | lanes << 5 | held << 10).view(-1).to(torch.int32)
-    return Slots(slots, further.to(torch.int32), owners.to(torch.int32), packed, entries.where(~has))
+    rest = None
+    if not bool(has.all()):
+        shape = (sparse.out_features, sparse.in_features)
+        rest = SparsePart.from_coo(rows[~has], sparse.columns[~has].long(), sparse.values[~has], shape)
+    return Slots(slots, further.to(torch.int32), owners.to(torch.int32), rest)

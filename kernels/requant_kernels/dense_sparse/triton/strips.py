@@ -59,19 +59,19 @@ def code_value(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tens
     return (codes.float() if bits == 8 else 1.0 + codes.float() * unit(bits, dtype)).to(dtype)
 
 
-def _bits16(values: torch.Tensor) -> torch.Tensor:
+def bits16(values: torch.Tensor) -> torch.Tensor:
     """bfloat16 or float16 -> int32 in [0, 65536): the same bits."""
     return values.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
 
 
 def upper_half(values: torch.Tensor) -> torch.Tensor:
     """bfloat16 or float16 -> int32: the same bits in its upper half, zero below."""
-    return _bits16(values) << 16
+    return bits16(values) << 16
 
 
 def pair_words(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """Two 16-bit values a word: floats of two bytes [...] -> int32 [...]."""
-    return _bits16(low) | upper_half(high)
+    return bits16(low) | upper_half(high)
 
 
 def pack_strips(codes: torch.Tensor, bits: int) -> torch.Tensor:

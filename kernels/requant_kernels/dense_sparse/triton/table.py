@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
-IN_PLACE = 4  # tokens whose x is gathered as it is; more repay the launch that transposes it
-MANY_TOKENS = 8  # of a tile, beyond which it has no registers for tokens in place
 MOST_WARPS = 8  # of a program that splits the columns among them
 BLOCKS_A_WARP = 8  # of columns that a group of warps decodes
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
@@ -28,16 +26,16 @@ def evenly(pairs: int, experts: int) -> int:
 class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
 
-    ``k_warps`` groups of warps share out the columns (kernel "few", of one token and strip at least so many, as
-    ``widened`` says; 1 with "middle"). Columns are split further until about ``programs`` programs run. ``columns``: of
-    a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
+    A warp has a strip; with one token (kernel "one") each of ``k_warps`` groups of warps has some of the columns, at
+    least so many groups, as ``widened`` says. Columns are split further until about ``programs`` programs run.
+    ``columns``: of a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook`` narrow the rule to some layers;
+    None matches all.
     """
 
     kernel: str
     up_to: int
     tokens: int
     strips: int
-    warps: int
     stages: int
     programs: int
     k_warps: int = 1
@@ -46,21 +44,20 @@ class Tile:
     codebook: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("few", "middle"):
-            raise ValueError(f"kernel {self.kernel!r} is not 'few' or 'middle'")
-        if self.kernel == "few" and self.tokens < self.up_to:
-            raise ValueError(f"kernel few: {self.tokens} tokens do not hold up_to {self.up_to}")
-        if self.kernel == "few" and self.tokens == 1 and self.strips * self.k_warps > self.warps:
-            # wrong sums, Triton 3.6 and 3.9: the warps lose all but the first of their batches (test_compiled.py)
-            raise ValueError("kernel few: with one token there must be a warp for each strip and k_warp")
+        if self.kernel not in ("one", "middle"):
+            raise ValueError(f"kernel {self.kernel!r} is not 'one' or 'middle'")
+        if self.kernel == "one" and (self.up_to, self.tokens) != (1, 1):
+            raise ValueError(f"kernel one: up_to {self.up_to} and tokens {self.tokens} are not 1")
         if self.kernel == "middle" and self.k_warps != 1:
             raise ValueError("kernel middle: k_warps must be 1")
         if self.columns not in (128, 256):
             raise ValueError(f"columns {self.columns} is not 128 or 256")
 
-    def transposed(self, tokens: int) -> bool:
-        """Whether kernel "few" reads x at the columns of entries from a transposed copy."""
-        return self.kernel == "few" and (tokens > IN_PLACE or self.tokens > MANY_TOKENS)
+    @property
+    def warps(self) -> int:
+        # No fewer with one token: wrong sums, Triton 3.6 and 3.9, whose warps lose all but the first of their batches
+        # (test_compiled.py). No more with several: a warp patches one strip (patch.py).
+        return self.strips * self.k_warps
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
@@ -74,14 +71,17 @@ class Tile:
 class Decode:
     """Beyond every tile: weights are decoded into a workspace of at most ``workspace_mib`` MiB, then multiplied.
 
-    A program decodes 16 * ``strips`` rows, ``k_warps`` blocks of 256 columns at a time.
+    A program decodes 16 * ``strips`` rows, ``k_warps`` blocks of 256 columns at a time, each strip of one by a warp.
     """
 
     strips: int
     k_warps: int
-    warps: int
     stages: int
     workspace_mib: int
+
+    @property
+    def warps(self) -> int:
+        return self.strips * self.k_warps
 
     def slice_rows(self, rows: int, columns: int) -> int:
         """Of a layer [rows, columns], how many rows are decoded at a time: as many as fit, but at least SLICE."""
@@ -100,7 +100,7 @@ def widened(tile: Tile, tiles: int, blocks: int) -> Tile:
     while 2 * groups <= min(most, MOST_WARPS, blocks):
         groups *= 2
     wider = groups // tile.k_warps
-    return replace(tile, k_warps=groups, warps=tile.warps * wider, programs=tile.programs // wider)
+    return replace(tile, k_warps=groups, programs=tile.programs // wider)
 
 
 @cache
@@ -110,7 +110,7 @@ def shared_out(decode: Decode, blocks: int) -> Decode:
     groups = 1
     while groups < decode.k_warps and groups * BLOCKS_A_WARP < blocks:
         groups *= 2
-    return replace(decode, k_warps=groups, warps=min(decode.warps, groups))
+    return replace(decode, k_warps=groups)
 
 
 @dataclass(frozen=True)
@@ -141,16 +141,14 @@ class Table:
         return self.largest(1 if tokens == 1 else max(each, 2), bits, codebook)
 
     def regimes(self, bits: int, codebook: bool) -> tuple[int, ...]:
-        """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them, x in
-        place or transposed."""
-        starts = {1, IN_PLACE + 1} | {tile.up_to + 1 for tile in self.tiles}
+        """The smallest count of tokens for each way in which such a layer can run: each tile, each number of them."""
+        starts = {1} | {tile.up_to + 1 for tile in self.tiles}
         for tile in self.tiles:
             starts.update(range(1, tile.up_to + 1, tile.tokens))
-        first: dict[tuple[Tile | None, int, bool], int] = {}
+        first: dict[tuple[Tile | None, int], int] = {}
         for tokens in sorted(starts):
             chosen = self.tile(tokens, bits, codebook)
-            way = (-(-tokens // chosen.tokens), chosen.transposed(tokens)) if chosen else (0, False)
-            first.setdefault((chosen, *way), tokens)
+            first.setdefault((chosen, -(-tokens // chosen.tokens) if chosen else 0), tokens)
         return tuple(first.values())
 
 

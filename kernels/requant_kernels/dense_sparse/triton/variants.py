@@ -7,44 +7,30 @@ from typing import Any
 import triton.language as tl
 
 from requant_kernels.aot import Variant
-from requant_kernels.dense_sparse.triton.few import few_kernel
-from requant_kernels.dense_sparse.triton.fixup import reduce_kernel, transpose_kernel
-from requant_kernels.dense_sparse.triton.launch import (
-    QUADS,
-    REDUCE_COLUMNS,
-    TRANSPOSE_COLUMNS,
-    most_steps,
-    paired,
-)
-from requant_kernels.dense_sparse.triton.layer import (
-    ASYMMETRIC,
-    CODEBOOK,
-    HERE,
-    LATER,
-    SYMMETRIC,
-    TRANSPOSED_FROM,
-    WHOLE,
-)
+from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
+from requant_kernels.dense_sparse.triton.launch import MOST_STEPS, QUADS, REDUCE_COLUMNS
+from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
+from requant_kernels.dense_sparse.triton.one import one_kernel
+from requant_kernels.dense_sparse.triton.patches import MANY
 from requant_kernels.dense_sparse.triton.route import COLUMNS, COMPARED
 from requant_kernels.dense_sparse.triton.routing import (
     activate_kernel,
     align_kernel,
     combine_kernel,
 )
-from requant_kernels.dense_sparse.triton.table import IN_PLACE, Decode, Tile, shared_out, tables, widened
-from requant_kernels.dense_sparse.triton.windows import WIDTHS
+from requant_kernels.dense_sparse.triton.table import Decode, Tile, shared_out, tables, widened
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
-ACTIVATIONS = ("x_ptr", "xt_ptr", "paired_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
+ACTIVATIONS = ("x_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
 FP32 = ("shares_ptr", "weights_ptr")
 ALIGNED = ("N", "K", "width", "scale_step")
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
 GROUPS = (16, 32, 64, 128, 256)
 TOP = 8  # experts of a token
-USUAL = 2  # entries of a window, with 0.5 % entries
+USUAL = 2  # rounds of patches, with 0.5 % entries
 
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -65,7 +51,7 @@ def _expected(tile: Tile | None, target: str) -> str:
         return ""
     if target == "gfx942":
         return "mfma"
-    if tile.kernel == "few":
+    if tile.kernel == "one":
         return "mma"
     return {"90": "wgmma", "100": "tcgen05"}.get(target, "mma")
 
@@ -80,31 +66,26 @@ def _variant(  # noqa: PLR0917
     sparse: bool = True,
     split: int = WHOLE,
     crowded: bool = False,
-    tokens: int | None = None,
     top: int = 0,
 ) -> Variant:
-    """``tokens``: as many as the tile takes, but for the few that are gathered in place. top: of routed experts, how
-    many a token has."""
+    """top: of routed experts, how many a token has."""
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
-    constants["LISTS"] = sparse
     tile = rule if isinstance(rule, Tile) else None
     kernel, label = decode_kernel, "decode"
     if tile:
-        kernel, label = (few_kernel, "few") if tile.kernel == "few" else (middle_kernel, "middle")
-        label += f" m{tile.tokens}"
-        constants |= {"TOKENS": tile.tokens, "SPLIT": split, "BIAS": split != LATER}
-        constants |= {"PDL": tables()[table].pdl, "TOP": top}
-    if tile and kernel is few_kernel:
-        constants |= {"QUADS": QUADS, "Q": most_steps(tile) if crowded else 1, "REST": sparse, "LISTS": crowded}
-        constants["TRANSPOSED"] = sparse and tile.transposed(tokens or tile.up_to)
+        kernel, label = (one_kernel, "one") if tile.kernel == "one" else (middle_kernel, f"middle m{tile.tokens}")
+        constants |= {"SPLIT": split, "BIAS": split != LATER, "PDL": tables()[table].pdl, "TOP": top}
         constants["EVEN"] = not crowded
-        constants["PAIRED"] = paired(group, not crowded, constants["TRANSPOSED"], bool(top))
-    if tile and kernel is middle_kernel:
-        constants["COLUMNS"] = tile.columns
-        constants["TRANSPOSED"] = sparse and (crowded or tile.tokens >= TRANSPOSED_FROM)
-        constants |= {"WINDOW": (WIDTHS[-1] if crowded else USUAL) if sparse else 0, "EVEN": not crowded}
+    if kernel is one_kernel:
+        constants |= {"QUADS": QUADS, "Q": MOST_STEPS if crowded else 1, "REST": sparse}
+        constants |= {"SLOTS": sparse, "LISTS": crowded}
     else:
-        constants |= {"SLOTS": sparse, "KW": rule.k_warps}
+        constants |= {"ROUNDS": (MANY if crowded else USUAL) if sparse else 0, "SHARED": table != "mi300"}
+    if kernel is middle_kernel:
+        assert tile
+        constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns}
+    else:
+        constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
         label += f" {rule.k_warps} k_warps"
     name = (
@@ -112,7 +93,6 @@ def _variant(  # noqa: PLR0917
         + ("", " split", " overflow")[split]
     )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
-    name += f" {tokens} tokens" if tokens else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
@@ -126,20 +106,15 @@ def _layers() -> Iterator[tuple[int, int, int]]:
             yield bits, 256, CODEBOOK
 
 
-def _placements(tile: Tile) -> tuple[int | None, ...]:
-    """Numbers of tokens for which a tile gathers x transposed, and in place."""
-    return (None,) if tile.transposed(IN_PLACE) == tile.transposed(tile.up_to) else (None, IN_PLACE)
-
-
 def _every() -> Iterator[Variant]:
     for name, table in tables().items():
         for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
             used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
-            splits = (WHOLE, HERE, LATER) if sparse else (WHOLE, HERE)
-            for tile, split, crowded in product(used, splits, (True, False) if sparse else (False,)):
-                for tokens in _placements(tile) if sparse else (None,):
-                    yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded, tokens)
-            yield _variant(name, table.decode, bits, group, kind, dtype, sparse)
+            for tile, crowded in product(used, (True, False) if sparse else (False,)):
+                for split in (WHOLE, HERE, LATER) if sparse and tile.kernel == "one" else (WHOLE, HERE):
+                    yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
+            for crowded in (True, False) if sparse else (False,):
+                yield _variant(name, table.decode, bits, group, kind, dtype, sparse, crowded=crowded)
 
 
 def _cover() -> Iterator[Variant]:
@@ -179,7 +154,7 @@ def _cover() -> Iterator[Variant]:
     assert most
     yield _variant("h200", most, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", most, 4, 64, ASYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", most, 3, 64, ASYMMETRIC, "bf16", split=LATER)
+    yield _variant("h200", most, 3, 64, ASYMMETRIC, "bf16", crowded=True)
     of_8_bits = hopper.tile(128, 8, False)
     assert of_8_bits
     yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
@@ -192,29 +167,23 @@ def _cover() -> Iterator[Variant]:
         low = hopper.tile(tokens, 4, False)
         assert low
         yield _variant("h200", low, 4, 128, SYMMETRIC, "bf16", sparse=False)
-    for crowded in (False, True):
-        yield _variant("h200", eight, 4, 128, SYMMETRIC, "bf16", crowded=crowded, tokens=IN_PLACE)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
-        for tokens in (1, IN_PLACE, 8, 16, 32, 64, 128):
-            if found := tables()[name].tile(tokens, 4, False):
-                yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", tokens=tokens, top=TOP)
-    yield _variant("h200", eight, 4, 64, ASYMMETRIC, "bf16", crowded=True, tokens=IN_PLACE, top=TOP)
+        for tokens in (1, 8, 16, 32, 64, 128):
+            found = tables()[name].tile(tokens, 4, False)
+            if found and found.up_to == tokens:
+                yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
     for top in (0, TOP):
         yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
+    yield _variant("h200", hopper.decode, 3, 64, ASYMMETRIC, "bf16", crowded=True)
 
 
 def _fixups() -> Iterator[Variant]:
     targets = dict.fromkeys(("80", "90", "100", "gfx942"), "")
-    reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "R": 64, "TOKENS": 64, "PDL": False}
+    reduce = {"BIAS": True, "SPLITS": 4, "COLUMNS": REDUCE_COLUMNS, "R": 16, "PDL": False}
     signature = _signature(reduce_kernel, "bf16", reduce)
     yield Variant("reduce 4 splits", reduce_kernel, signature, reduce, ("N",), 4, 3, targets)
-    for tokens, top in product((16, 128), (0, TOP)):
-        transpose = {"PAIRED": not top, "TOP": top, "TOKENS": tokens, "COLUMNS": TRANSPOSE_COLUMNS, "PDL": False}
-        signature = _signature(transpose_kernel, "bf16", transpose)
-        name = f"transpose m{tokens}" + (" experts" if top else "")
-        yield Variant(name, transpose_kernel, signature, transpose, ("K",), 4, 3, targets)
     for kernel, aligned, constants in (
         (align_kernel, (), {"EXPERTS": 128, "TOKENS": 8, "CHUNK": COMPARED // 128}),
         (activate_kernel, ("N",), {"COLUMNS": COLUMNS}),

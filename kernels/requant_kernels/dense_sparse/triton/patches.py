@@ -1,0 +1,46 @@
+"""The sparse part as the matrix kernels have it: the entries of a block of a strip (strips.py) side by side.
+
+An entry is an int32: the value's 16 bits, and above them its place, the byte at which its weight would be if the block
+were decoded to words of two in the order of a strip's codes, plane by plane. A warp puts 32 of them at a time where
+they belong (patch.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from requant_kernels.dense_sparse.triton.lists import offsets_of
+from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP, bits16
+from requant_kernels.sparse import SparsePart
+
+LANES = 32
+PLANE = 512  # bytes: 16 rows x 16 columns of 2
+MANY = 3  # rounds: more than are fetched ahead (patch.py)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """entries int32 [nnz], block by block of a strip, strip by strip; starts int32 [strips * blocks + 1]: where those
+    of each block begin; ``rounds``: how often a warp takes 32 of the block that has most, at most MANY."""
+
+    entries: torch.Tensor
+    starts: torch.Tensor
+    rounds: int
+
+
+def places(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """int32: the place of ``rows``, of a strip, and ``columns``, of a block; int64 of any shape. As strips.py says."""
+    word = rows % 8 * 16 + columns % 8 // 2 * 4 + columns % 16 // 8 * 2 + rows // 8
+    return (columns // 16 * PLANE + word * 4 + columns % 2 * 2).to(torch.int32)
+
+
+def build_patches(sparse: SparsePart, strips: int, blocks: int) -> Patches:
+    """``sparse``, at least one entry, whose values are bfloat16 or float16, of a layer of ``strips`` strips and
+    ``blocks`` blocks of columns, on its device."""
+    rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
+    block = rows // STRIP * blocks + columns // BLOCK
+    order = torch.argsort(block, stable=True)
+    entries = places(rows % STRIP, columns % BLOCK) << 16 | bits16(sparse.values)
+    counts = torch.bincount(block, minlength=strips * blocks)
+    rounds = min(MANY, -(-int(counts.max()) // LANES))
+    return Patches(entries[order], offsets_of(counts).to(torch.int32), rounds)
