@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from requant_kernels.aot import SHARED_MEMORY
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
@@ -18,9 +19,11 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 from tests.emulator.machine import Code, Launch
-from tests.emulator.memory import Global, Range
+from tests.emulator.memory import Fault, Global, Range
 from tests.emulator.ptx import parse
 from tests.emulator.traffic import Traffic
+
+UNASKED = 48 * 1024  # bytes of shared memory that CUDA gives to a kernel; Triton asks where its own part is larger
 
 
 @cache
@@ -49,6 +52,9 @@ class Launcher:
         ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
         memory = Global(ranges, gpu.written, gpu.traffic)
         numbers = [value.data_ptr() if isinstance(value, torch.Tensor) else int(value) for value in values]
+        declared, most = sum(self._code.kernel.shared.values()), UNASKED - self._metadata.shared
+        if 0 <= most < declared and not triton.knobs.runtime.kernel_load_end_hook.calls:
+            raise Fault("more shared memory, declared and dynamic, than a kernel may have unless somebody asks for it")
         numbers += [0] * (len(self._code.kernel.parameters) - len(numbers))  # scratch memory, which none needs
         metadata = self._metadata
         pdl = bool(getattr(metadata, "launch_pdl", False))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from requant_kernels.dense_sparse.triton import declared
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
 from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
@@ -21,6 +22,8 @@ MOST_STEPS = 2  # of slots that go with a block of columns: as many as there are
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: operand.py
 SHARED = not triton.knobs.runtime.interpret and torch.version.hip is None  # how entries are added: patch.py
+if SHARED:
+    declared.always_ask()
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
 OPTIONS = {False: {"PDL": False, **FP_FUSION}, True: {"PDL": True, "launch_pdl": True, **FP_FUSION}}
 EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and of 1024, in both halves of a word
