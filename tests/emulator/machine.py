@@ -32,6 +32,7 @@ BUILDERS: dict[str, Callable[[Registers, Instruction], pure.Step]] = {
     "griddepcontrol.launch_dependents": transfers.nothing,
     "bar.warp.sync": transfers.nothing,  # a warp's lanes never go apart here
     "fence": transfers.nothing,
+    "prefetch": transfers.nothing,
     "mma.sync": products.multiply,
     "wgmma.fence": transfers.nothing,
     "wgmma.mma_async": products.multiply_group,

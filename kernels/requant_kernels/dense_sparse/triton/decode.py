@@ -51,6 +51,14 @@ def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr)
 
 
 @triton.jit
+def ask_for_words(codes_ptr, first, blocks, block, BITS: tl.constexpr, S: tl.constexpr):
+    """Asks the L2 for the first 4 KiB of words from ``block`` on, of S strips, by a warp each. NVIDIA's GPUs."""
+    lane = tl.arange(0, 32 * S)
+    at = ((first + lane // 32).to(tl.int64) * blocks + block) * (BITS * 128) + lane % 32 * 32
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [codes_ptr + at], tl.int32, False, 1)
+
+
+@triton.jit
 def _row(e):
     """Which row of a strip element ``e`` of [.., 8, 1, 1, 2] is: 8 rh + g."""
     return e % 2 * 8 + e // 2 % 8

@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, load_steps, load_words, weights
+from requant_kernels.dense_sparse.triton.decode import (
+    CODEBOOK,
+    ask_for_words,
+    load_levels,
+    load_steps,
+    load_words,
+    weights,
+)
 from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.patch import clear, compared, cover, fetch, locate, put, read, reserve
 
@@ -22,12 +29,12 @@ def middle_kernel(
     S: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / S, splits of the columns); of
-    routed experts, with TOP, as ``few_kernel`` says, (blocks of tokens, strips / S of one expert, splits). S warps.
+    routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, strips / S of one expert, splits). S warps.
 
     Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256.
-    A product takes COLUMNS, 128 or 256: of 256 (wgmma) the compiler makes two, and decodes weights for one while the
-    other runs.
+    A product takes COLUMNS, 128 or 256: of wgmma the second of two begins after the first has ended; weights are
+    decoded beside one.
     """
     if PDL:
         gdc_launch_dependents()
@@ -56,9 +63,13 @@ def middle_kernel(
     hi = tl.minimum(blocks, lo + share)
     words_at = codes_ptr + ((first + tl.arange(0, S)).to(tl.int64) * blocks)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
+    steps_at = scales_ptr + first * 16
     levels = ()
+    steps = ()
     if KIND == CODEBOOK:
-        levels = load_levels(scales_ptr + first * 16, width, BITS, S)
+        levels = load_levels(steps_at, width, BITS, S)
+    else:
+        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, 1)
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks
         lanes = tl.zeros((32 * S,), tl.int32)
@@ -68,12 +79,10 @@ def middle_kernel(
         fetched = fetch(entries_ptr, begin, end, ROUNDS)
         begin, end = locate(starts_at, lo + 1, lanes + (lo + 1) < hi)
     if PDL and not TOP:
+        # Words are copied together with x, but so that they need not come from as far then.
+        ask_for_words(codes_ptr, first, blocks, lo, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    steps_at = scales_ptr + first * 16
-    steps = ()
-    if KIND != CODEBOOK:
-        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, 1)
     x_at = x_ptr + from_m[:, None] * K
     acc = tl.zeros((R, TOKENS), tl.float32)
     for block in range(lo, hi):
