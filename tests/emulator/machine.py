@@ -30,7 +30,7 @@ BUILDERS: dict[str, Callable[[Registers, Instruction], pure.Step]] = {
     "redux.sync": transfers.reduce,
     "griddepcontrol.wait": transfers.wait_for_launch,
     "griddepcontrol.launch_dependents": transfers.nothing,
-    "bar.warp.sync": transfers.nothing,  # a warp's lanes never go apart here
+    "bar.warp.sync": transfers.meet,
     "fence": transfers.nothing,
     "prefetch": transfers.nothing,
     "mma.sync": products.multiply,
@@ -94,10 +94,10 @@ class Code:
     def run(self, launch: Launch, memory: Global) -> None:
         values = dict(zip(self.kernel.parameters, launch.arguments, strict=True))
         values |= {f"%nctaid.{axis}": count for axis, count in zip("xyz", launch.grid, strict=True)}
-        size = launch.shared
-        for name, bytes_of in self.kernel.shared.items():
-            values[name] = -(-size // 1024) * 1024
-            size = values[name] + bytes_of
+        own = size = -(-launch.shared // 1024) * 1024
+        for name, declared in self.kernel.shared.items():
+            values[name] = size
+            size += declared
         x, y, z = map(range, launch.grid)
         places = list(product(x, y, z))
         random = Random(launch.order)
@@ -105,7 +105,7 @@ class Code:
         epoch, released = 1, np.zeros(len(places), dtype=np.int64)
         for number, place in enumerate(places):
             program = Program(place, number, epoch, released)
-            shared = Shared(size, memory.traffic)
+            shared = Shared(size, size - own, memory.traffic)
             here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
             running = [
                 self._until_end(
@@ -126,6 +126,7 @@ class Code:
             while at is not None:
                 at = self._until_stop(warp, at)
                 if at is not None and self.kernel.instructions[at - 1].parts[0] == "bar":
+                    warp.synced += 1
                     yield True
 
     def _until_stop(self, warp: Warp, at: int) -> int | None:

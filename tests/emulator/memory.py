@@ -4,12 +4,15 @@ reliably: accesses out of bounds, misaligned, or unordered.
 Two accesses are unordered, and one of them a write, if nothing keeps a GPU from doing them the other way round: by two
 warps of a program with no barrier between, or by two programs, unless the later has acquired what the others released
 (an atomic operation behind a barrier). That does not depend on the order in which warps and programs are run here.
+
+The lanes of a warp, too, need a barrier between such accesses, bar.warp.sync. That is looked at in shared memory that
+a kernel declares itself: what Triton exchanges within a warp it orders otherwise.
 """
 
 import ctypes
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -39,11 +42,14 @@ class Program:
 
 @dataclass
 class Actor:
-    """A warp, as memory knows it. ``waited``: for the launch before, which runs at the same time until then."""
+    """A warp, as memory knows it. ``waited``: for the launch before, which runs at the same time until then. ``lanes``:
+    those of the access under way; ``synced``: barriers that its lanes have passed together."""
 
     program: Program
     index: int
     waited: bool
+    lanes: Array = field(init=False)
+    synced: int = field(default=1, init=False)
 
     @property
     def id(self) -> int:
@@ -80,6 +86,37 @@ class Tracker:
             raise Fault("overwrites what another warp may write at the same time")
         self._writer[at] = actor.id
         self._written[at] = actor.program.epoch
+
+
+class LaneTracker:
+    """Which lane of a warp has read and written each byte last, and between which of its barriers; lane 32: several."""
+
+    def __init__(self, size: int):
+        self._written, self._read = (np.zeros(size, dtype=np.int64) for _ in range(2))
+        self._writer, self._reader = (np.full(size, 32, dtype=np.int64) for _ in range(2))
+
+    def read(self, at: Array, actor: Actor) -> None:
+        lanes, now = self._now(at, actor)
+        if ((self._written[at] == now) & (self._writer[at] != lanes) | (self._writer[at] == 32)).any():
+            raise Fault("reads what another lane may write at the same time")
+        self._reader[at] = np.where((self._read[at] == now) & (self._reader[at] != lanes), 32, lanes)
+        self._read[at] = now
+
+    def write(self, at: Array, actor: Actor) -> None:
+        """What two lanes write at the same time is nobody's to read."""
+        lanes, now = self._now(at, actor)
+        if ((self._read[at] == now) & (self._reader[at] != lanes)).any():
+            raise Fault("overwrites what another lane may read at the same time")
+        clash = (self._written[at] == now) & (self._writer[at] != lanes)
+        places, counts = np.unique(at, return_counts=True)
+        self._writer[at] = np.where(clash | np.isin(at, places[counts > 1]), 32, lanes)
+        self._written[at] = now
+
+    @staticmethod
+    def _now(at: Array, actor: Actor) -> tuple[Array, int]:
+        """The lane of each byte, and a number for the time between two barriers of a warp."""
+        lanes = actor.lanes.reshape(-1, *[1] * (at.ndim - 1))
+        return np.broadcast_to(lanes, at.shape), actor.index << 32 | actor.synced
 
 
 class Memory:
@@ -127,11 +164,23 @@ class Memory:
 
 
 class Shared(Memory):
-    """Of one program; begins as NaN."""
+    """Of one program; begins as NaN. ``declared`` bytes of it, the last, are the kernel's own."""
 
-    def __init__(self, size: int, traffic: Traffic | None):
+    def __init__(self, size: int, declared: int, traffic: Traffic | None):
         self._size, self._traffic = -(-size // BLOCK) * BLOCK, traffic
+        self._own = self._size - declared
+        self._lanes = LaneTracker(declared)
         super().__init__(np.full(self._size, 0xFF, dtype=np.uint8))
+
+    def read(self, items: Array, size: int, actor: Actor) -> Array:
+        if items.size and items.flat[0] * size >= self._own:
+            self._lanes.read(self._bytes(items, size) - self._own, actor)
+        return super().read(items, size, actor)
+
+    def write(self, items: Array, size: int, values: Array, actor: Actor) -> None:
+        if items.size and items.flat[0] * size >= self._own:
+            self._lanes.write(self._bytes(items, size) - self._own, actor)
+        super().write(items, size, values, actor)
 
     def locate(self, addresses: Array, size: int, count: int) -> Array:
         """``items`` of addresses."""

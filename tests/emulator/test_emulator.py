@@ -206,6 +206,54 @@ def test_programs_hand_over_what_they_release_behind_a_barrier():
         run(HAND_OVER.replace("bar.sync 0;", "", 1), torch.zeros(1 + 2 * 64, dtype=torch.int32), 2)
 
 
+WITHIN = dedent("""
+    .visible .entry within(
+        .param .u64 .ptr .global within_param_0
+    )
+    {
+        .reg .b32 %r<9>;
+        .reg .b64 %rd<9>;
+        .shared .align 16 .b8 own[256];
+        ld.param.b64 %rd1, [within_param_0];
+        mov.u32 %r1, %tid.x;
+        mov.b32 %r2, own;
+        shl.b32 %r3, %r1, 2;
+        add.s32 %r4, %r2, %r3;
+        st.shared.b32 [%r4], %r1;
+        bar.warp.sync -1;
+        xor.b32 %r5, %r3, 4;
+        add.s32 %r6, %r2, %r5;
+        ld.shared.b32 %r7, [%r6];
+        bar.warp.sync -1;
+        st.shared.b32 [%r4], %r7;
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        st.global.b32 [%rd3+0], { %r7 };
+        ret;
+    }
+""")
+
+
+def test_lanes_exchange_behind_a_barrier_of_their_warp():
+    assert torch.equal(exchange(WITHIN), torch.arange(64, dtype=torch.int32) ^ 1)
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_a_missing_barrier_of_a_warp_faults(barrier):
+    begin, end = [match.span() for match in re.finditer(r"bar\.warp\.sync -1;", WITHIN)][barrier]
+    with pytest.raises(Fault, match="what another lane may"):
+        exchange(WITHIN[:begin] + WITHIN[end:])
+
+
+def test_what_lanes_write_at_the_same_time_is_not_to_be_read():
+    with pytest.raises(Fault, match="what another lane may write"):
+        exchange(
+            WITHIN.replace("add.s32 %r4, %r2, %r3", "add.s32 %r4, %r2, 0").replace(
+                "xor.b32 %r5, %r3, 4", "mov.b32 %r5, 0"
+            )
+        )
+
+
 def test_what_it_does_not_know_it_says():
     with pytest.raises(NotImplementedError, match="xor"):
         Code(parse(EXCHANGE.replace("xor.b32", "xor.unheard.of")))

@@ -45,6 +45,7 @@ def load(registers: Registers, instruction: Instruction) -> Step:
         lanes = active(warp)
         if not len(lanes):
             return
+        warp.lanes = lanes
         memory, items = place(warp, address(warp)[lanes], size, len(targets))
         for target, values in zip(targets, memory.read(items, size, warp).T, strict=True):
             register = warp.registers[target].copy()
@@ -64,6 +65,7 @@ def store(registers: Registers, instruction: Instruction) -> Step:
         if not len(lanes):
             return
         values = np.stack([typed(warp.registers[slot], f"b{8 * size}")[lanes] for slot in sources], axis=1)
+        warp.lanes = lanes
         memory, items = place(warp, address(warp)[lanes], size, len(sources))
         memory.write(items, size, values, warp)
 
@@ -195,6 +197,15 @@ def wait_for_launch(registers: Registers, instruction: Instruction) -> Step:
 
     def step(warp: Warp) -> None:
         warp.waited = True
+
+    return step
+
+
+def meet(registers: Registers, instruction: Instruction) -> Step:
+    """bar.warp.sync of all lanes, which never go apart here."""
+
+    def step(warp: Warp) -> None:
+        warp.synced += 1
 
     return step
 
