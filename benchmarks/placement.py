@@ -6,7 +6,7 @@ A line for each checkpoint, over its layers with entries: their mean share of th
 the 90th and the 99th percentile row and the fullest one, over the layer's mean (mean of layers); slots an entry, and
 the share of entries that stand in lists because their rows are crowded (one_kernel reads both); and of all blocks of a
 strip those that have more entries than 32, and than 64, a warp's two rounds (patch.py). Evenly scattered entries, 0.5 %
-of 4096 columns, have 1.35 slots each, none in lists, and 0.7 % and none of the blocks.
+of 4096 columns, have 1.65 slots each, none in lists, and 0.7 % and none of the blocks.
 """
 
 import sys

@@ -35,7 +35,7 @@ PATCH_INSTRUCTIONS = 0.5
 # token, and 16 of that day's kernels. Warps wait for each other and for what they asked for; more do not fit.
 ISSUED = {"one": 0.48, "middle": 0.49}
 BLOCK_BITS = 32 / (STRIP * BLOCK)  # a weight: where the entries of a block begin
-FILL = 1.35  # slots an entry, evenly scattered over 4096 columns
+FILL = 1.65  # slots an entry, evenly scattered over 4096 columns
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
 WORKSPACES = (32, 64, 128, 256)  # MiB

@@ -211,11 +211,12 @@ def uneven_part(shape: tuple[int, int], sigma: float) -> SparsePart:
     return SparsePart.from_mask(torch.ones(shape, dtype=torch.bfloat16), mask)
 
 
-@pytest.mark.parametrize(("sigma", "slots_an_entry"), [(0.0, 1.4), (1.2, 1.55)])
+@pytest.mark.parametrize(("sigma", "slots_an_entry"), [(0.0, 1.7), (1.2, 1.55)])
 def test_scattered_entries_stand_in_slots_most_of_which_they_fill(sigma, slots_an_entry):
     sparse = uneven_part((2048, 4096), sigma)
     slots = build_slots(sparse, 128)
     assert slots is not None
+    assert slots.deepened == (sigma > 0)
     assert slots.slots.numel() <= slots_an_entry * sparse.nnz
     assert slots.rest is None or slots.rest.nnz <= 0.01 * sparse.nnz
 

@@ -9,7 +9,7 @@ import triton
 
 from requant_kernels.dense_sparse.triton import declared
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, WHOLE, Layer
+from requant_kernels.dense_sparse.triton.layer import CODEBOOK, HERE, LATER, MOST_REST, WHOLE, Layer
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.one import one_kernel
@@ -18,7 +18,6 @@ from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, share
 from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
-MOST_STEPS = 2  # of slots that go with a block of columns: as many as there are registers for
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: operand.py
 SHARED = not triton.knobs.runtime.interpret and torch.version.hip is None  # how entries are added: patch.py
@@ -186,13 +185,20 @@ def _route(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return (call.routing.pairs, call.routing.chosen) if call.routing else call.dense
 
 
+def rest_at_once(rest: int, k_warps: int, group: int, kind: int) -> tuple[int, bool]:
+    """How many of the steps that do not go with blocks of columns a group of warps fetches before them, as many as it
+    has registers for, and whether that leaves others for later."""
+    most = max(1, 4 // k_warps) if group >= 128 and kind != CODEBOOK else 1
+    return min(most, -(-rest // k_warps)), rest > min(MOST_REST, most * k_warps)
+
+
 def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
     layer = call.layer
     entries, segments, _, bounds, _ = call.beside_slots
     slots, further, owners = call.slots
-    q = max(1, min(layer.steps, MOST_STEPS))
-    constants = {"KW": tile.k_warps, "Q": q, "REST": layer.steps > q or bool(layer.deepened), "QUADS": QUADS}
-    constants |= {"SLOTS": bool(layer.steps), "LISTS": bool(layer.beside_slots.entries)}
+    rest, later = rest_at_once(layer.rest, tile.k_warps, layer.group, layer.kind)
+    constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "LATER": later, "QUADS": QUADS}
+    constants |= {"LISTS": bool(layer.beside_slots.entries)}
     token_tiles, row_tiles, splits = grid
     one_kernel[row_tiles, splits, token_tiles](
         *_arrays(call, sums),

@@ -18,7 +18,8 @@ from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
-MANY = 3  # steps of slots: more than any kernel takes with a block of columns
+MOST_STEPS = 2  # of slots that go with a block of columns: as many as there are registers for
+MOST_REST = 8  # steps beyond those, which no strip has more of
 
 
 class Beside(NamedTuple):
@@ -41,8 +42,8 @@ class Layer:
     strips: int
     blocks: int
     rounds: int  # of patches; 0 where there are no entries
-    steps: int  # of slots for a block of columns, at most MANY; 0 where there are none
-    deepened: int  # 1 where strips have further steps
+    steps: int  # of slots that go with a block of columns, at most MOST_STEPS; 0 where there are none
+    rest: int  # steps that do not; MOST_REST + 1 where they are more, or strips have further ones
     beside_slots: Beside
 
     @classmethod
@@ -79,6 +80,8 @@ def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str,
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
     patches = build_patches(sparse, strips.strips, strips.blocks) if sparse else None
     slots = build_slots(sparse, strips.strips) if sparse else None
+    steps = min(MOST_STEPS, max(1, slots.depth // strips.blocks)) if slots else 0
+    rest = max(0, slots.depth - steps * strips.blocks) if slots else 0
     listed = slots.rest if slots else sparse
     lists = build_lists(listed, strips.strips, whole=routed) if listed else None
     layer = Layer(
@@ -90,8 +93,8 @@ def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str,
         strips=strips.strips,
         blocks=strips.blocks,
         rounds=patches.rounds if patches else 0,
-        steps=min(MANY, -(-slots.depth // strips.blocks)) if slots else 0,
-        deepened=int(slots.deepened) if slots else 0,
+        steps=steps,
+        rest=MOST_REST + 1 if slots and slots.deepened else min(rest, MOST_REST + 1),
         beside_slots=Beside(lists.lists, int(lists.lists > strips.strips), 1) if lists else Beside(strips.strips, 0, 0),
     )
     tensors = {"weight_packed": strips.codes, "weight_scale": strips.scales}

@@ -47,9 +47,9 @@ def one_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, further_ptr,
     entries_ptr, segments_ptr, bounds_ptr, pairs_ptr, experts_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, SLOTS: tl.constexpr, LISTS: tl.constexpr,
-    Q: tl.constexpr, REST: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
-    PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, LISTS: tl.constexpr, Q: tl.constexpr,
+    REST: tl.constexpr, LATER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
+    KW: tl.constexpr, PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [1, N] = x [1, K] (dense + sparse)^T + bias; ``finish`` says what SPLIT does.
 
@@ -60,8 +60,9 @@ def one_kernel(
     Grid (lists / S, of one expert with TOP, splits of the columns, blocks). Lists beyond ``strips`` are the overflow of
     crowded strips (lists.py): they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel``
     adds back.
-    scales: int32 words [.., width], or the levels. Q steps of slots go with each block of columns, and what is left of
-    them, with REST, comes after all blocks. EVEN: 256 * KW divides K.
+    scales: int32 words [.., width], or the levels. Q steps of slots go with each block of columns. Of what is left a
+    group of warps has fetched REST steps before, and multiplies them and, with LATER, all others after the blocks.
+    EVEN: 256 * KW divides K.
     """
     if PDL:
         gdc_launch_dependents()
@@ -78,10 +79,7 @@ def one_kernel(
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
-    # What blocks leave of the slots comes at the end, where it is looked up: the first of it is on its way while codes
-    # are decoded, as many steps as there are registers for.
-    FIRST: tl.constexpr = max(1, 4 // KW) if GROUP >= 128 and KIND != CODEBOOK else 1
-    AFTER: tl.constexpr = 4  # steps at a time, when the rest is done
+    AFTER: tl.constexpr = 4  # steps at a time, when all else is done
     UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8  # a second product instead of a subtraction a pair
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
@@ -126,8 +124,12 @@ def one_kernel(
     words = ()
     if AHEAD:
         words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
-    if SLOTS:
-        places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
+    if Q:
+        strip_of = strip + group // KW
+        if LATER:
+            places = locate_strips(further_ptr, strip_of, first < strips, depth, strips)
+        else:
+            places = (strip_of * depth, strip_of * depth, tl.where(first < strips, depth, 0))
         near, _, _ = places
         beside = tl.minimum(depth, blocks * Q)  # steps that go with blocks
         inside = (near, near, tl.minimum(depth, hi * Q))
@@ -135,8 +137,10 @@ def one_kernel(
         products = tl.zeros((S * KW * 32,), tl.float32)
         owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
     if REST:
-        more = deepest(further_ptr, strip, depth, S) - beside
-        left = fetch_slots(slots_ptr, places, beside + split * KW + group % KW, depth, splits * KW, FIRST)
+        rest = beside + split * KW + group % KW
+        left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
+    if LATER:
+        more = deepest(further_ptr, strip, depth, S) - beside - splits * KW * REST
     if LISTS and BITS > 2:  # of 2 bits ptxas has no register left of those it allows itself
         most = most_chunks(bounds_ptr, first, S)
     if PDL and not TOP:
@@ -151,7 +155,7 @@ def one_kernel(
         else:
             now_words = load_words(words_at, (block + t % KW < hi)[:, None], BITS, S, KW)
             words_at += KW * BITS * 128
-        if SLOTS:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
+        if Q:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
             now_slots = slots
             slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
             gathered = gather_all(x_ptr, now_slots, Q)
@@ -185,20 +189,20 @@ def one_kernel(
                 else:
                     w = (tl.reshape(w, (BATCH, ROWS, SPAN)) - zero).to(DT)
                     acc += tl.dot(w, x) * step.to(tl.float32)
-        if SLOTS:
+        if Q:
             products = add_products(products, gathered, now_slots, Q, DT)
     if REST:
-        products = add_products(products, gather_all(x_ptr, left, FIRST), left, FIRST, DT)
-        rest = beside + split * KW + group % KW + splits * KW * FIRST
-        more -= splits * KW * FIRST
+        products = add_products(products, gather_all(x_ptr, left, REST), left, REST, DT)
+    if LATER:
+        rest += splits * KW * REST
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
             products = add_products(products, gather_all(x_ptr, few, AFTER), few, AFTER, DT)
             rest += splits * KW * AFTER
-    if SLOTS or LISTS:
+    if Q or LISTS:
         # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
         sums = acc if KW == 1 else tl.zeros((S * KW, 16, 1), tl.float32)
-        if SLOTS:
+        if Q:
             sums = add_lanes(sums, products, owners)
         if LISTS:
             if BITS == 2:

@@ -5,10 +5,10 @@ row, from left to right, stands in lane j modulo their number, one *step* deeper
 used. An entry is its column in bits 0-15 and the value's 16 bits above; an empty slot is zero. A kernel adds up a
 lane's products in place.
 
-Every strip has ``depth`` steps, with which a third of them can do, so that a kernel knows where they are without
-looking: int32 [strips, depth, 32]. The others' *further* steps stand behind all of these, one strip's after the
-other's, where ``further`` says. What a strip crowded beyond all measure does not hold is left to lists.py, and so is
-all of a layer whose columns do not fit 16 bits.
+Every strip has ``depth`` steps, so that a kernel knows where they are without looking: int32 [strips, depth, 32]. That
+is as many as any of them needs, where none needs much more than the mean, else as many as a third can do with. The
+others' *further* steps stand behind all of these, one strip's after the other's, where ``further`` says. What a strip
+crowded beyond all measure does not hold is left to lists.py, and so is all of a layer whose columns do not fit 16 bits.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 LANES = 32
 # No strip has more steps than these times the mean, and these: the rest have finished long before.
 DEEPEST, SHALLOW = 4, 8
+# Nor are all as deep as the deepest, unless that has no more than these times the mean, and these.
+EVEN, AND = 1.25, 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ def needed_steps(counts: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
     return steps.clamp(max=DEEPEST * -(-int(steps.sum()) // len(steps)) + SHALLOW)
 
 
+def choose_depth(steps: torch.Tensor) -> int:
+    """The steps that every strip has; ``steps`` int64 [strips] are what each needs."""
+    most = int(steps.max())
+    even = most <= EVEN * float(steps.float().mean()) + AND
+    return max(1, most if even else int(steps.sort().values[len(steps) // 3]))
+
+
 def build_slots(sparse: SparsePart, strips: int) -> Slots | None:
     """``sparse``, at least one entry, whose values are bfloat16 or float16, of a layer of ``strips`` strips, on its
     device; None where columns do not fit."""
@@ -74,7 +83,7 @@ def build_slots(sparse: SparsePart, strips: int) -> Slots | None:
     lanes = choose_lanes(counts)
     first = lanes.cumsum(1) - lanes
     steps = needed_steps(counts, lanes)
-    depth = max(1, int(steps.sort().values[strips // 3]))
+    depth = choose_depth(steps)
     further = offsets_of((steps - depth).clamp(min=0))
     slots = torch.zeros(strips + -(-int(further[-1]) // depth), depth, LANES, dtype=torch.int32, device=device)
     strip, count = rows // STRIP, lanes.view(-1)[rows]

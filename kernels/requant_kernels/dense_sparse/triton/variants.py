@@ -8,8 +8,17 @@ import triton.language as tl
 
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.launch import MOST_STEPS, QUADS, REDUCE_COLUMNS
-from requant_kernels.dense_sparse.triton.layer import ASYMMETRIC, CODEBOOK, HERE, LATER, SYMMETRIC, WHOLE
+from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, rest_at_once
+from requant_kernels.dense_sparse.triton.layer import (
+    ASYMMETRIC,
+    CODEBOOK,
+    HERE,
+    LATER,
+    MOST_REST,
+    MOST_STEPS,
+    SYMMETRIC,
+    WHOLE,
+)
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.one import one_kernel
@@ -77,8 +86,9 @@ def _variant(  # noqa: PLR0917
         constants |= {"SPLIT": split, "BIAS": split != LATER, "PDL": tables()[table].pdl, "TOP": top}
         constants["EVEN"] = not crowded
     if kernel is one_kernel:
-        constants |= {"QUADS": QUADS, "Q": MOST_STEPS if crowded else 1, "REST": sparse}
-        constants |= {"SLOTS": sparse, "LISTS": crowded}
+        rest, later = rest_at_once(MOST_REST + crowded if sparse else 0, rule.k_warps, group, kind)
+        steps = (MOST_STEPS if crowded else 1) if sparse else 0
+        constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "LATER": later, "LISTS": crowded}
     else:
         constants |= {"ROUNDS": (MANY if crowded else USUAL) if sparse else 0, "SHARED": table != "mi300"}
     if kernel is middle_kernel:
