@@ -158,6 +158,7 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
+    yield _variant("h200", sixteen, 4, 256, CODEBOOK, "bf16")
     yield _variant("h200", sixteen, 3, 64, ASYMMETRIC, "bf16", crowded=True)
     yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", split=HERE)
     most = hopper.tile(128, 4, False)
