@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, load_steps, load_words, weights
-from requant_kernels.dense_sparse.triton.patch import clear, compared, cover, fetch, locate, put, read, reserve
+from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
 
 
 @triton.jit(do_not_specialize=["first_strip", "rows", "blocks", "exponent"])
@@ -24,7 +24,6 @@ def decode_kernel(
     # Words wait in registers for an iteration where there are enough of both.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK and GROUP >= 128 and KW <= 2
     R: tl.constexpr = 16 * S
-    COVER: tl.constexpr = cover(S * KW)
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)
     row = tl.program_id(0) * R + tl.arange(0, R)
@@ -61,15 +60,11 @@ def decode_kernel(
             entries = fetched
             fetched = fetch(entries_ptr, begin, end, ROUNDS)
             begin, end = locate(starts_at, start + 2 * KW + lane, start + 2 * KW + lane < blocks)
-        places = ()
         for at in tl.static_range(0, 256, COLUMNS):
             pairs = ()
             if ROUNDS and SHARED:
-                if at % COVER == 0:
-                    if at > 0:
-                        clear(places, entries, at - COVER, ROUNDS)
-                    places = put(entries, at, ROUNDS)
-                pairs = read(now[0], at, S, KW)
+                places = put(entries, at, ROUNDS)
+                pairs = read(now[0], S, KW)
             elif ROUNDS:
                 begin, end = locate(starts_at, start + lane, start + lane < blocks)
                 pairs = compared(entries_ptr, begin, end, at, S, KW)
@@ -77,5 +72,5 @@ def decode_kernel(
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
-        if ROUNDS and SHARED:
-            clear(places, entries, 256 - COVER, ROUNDS)
+            if ROUNDS and SHARED:
+                clear(places, entries, at, ROUNDS)

@@ -17,7 +17,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     weights,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
-from requant_kernels.dense_sparse.triton.patch import clear, compared, cover, fetch, locate, put, read, reserve
+from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "exponent"], do_not_specialize_on_alignment=["bias_ptr"])
@@ -40,7 +40,6 @@ def middle_kernel(
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = 16 * S
-    COVER: tl.constexpr = cover(S)
     first = tl.program_id(1) * S
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -94,7 +93,6 @@ def middle_kernel(
             entries = fetched
             fetched = fetch(entries_ptr, begin, end, ROUNDS)
             begin, end = locate(starts_at, block + 2, lanes + (block + 2) < hi)
-        places = ()
         for start in tl.static_range(0, 256, COLUMNS):
             k = block * 256 + start + tl.arange(0, COLUMNS)
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
@@ -102,23 +100,23 @@ def middle_kernel(
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             pairs = ()
+            places = ()
             if ROUNDS and not SHARED:
                 begin, end = locate(starts_at, block, lanes == 0)
             for half in tl.static_range(start, (start + COLUMNS) if ROUNDS else start, 128):
                 if SHARED:
-                    if half % COVER == 0:
-                        if half > 0:
-                            clear(places, entries, half - COVER, ROUNDS)
-                        places = put(entries, half, ROUNDS)
-                    pairs = pairs + read(words[0], half, S, 1)
+                    if half > start:
+                        clear(places, entries, half - 128, ROUNDS)
+                    places = put(entries, half, ROUNDS)
+                    pairs = pairs + read(words[0], S, 1)
                 else:
                     pairs = pairs + compared(entries_ptr, begin, end, half, S, 1)
             w = weights(
                 words, levels, stepped, exponent, pairs, start // 16, COLUMNS // 16, S, 1, BITS, GROUP, KIND, DT, False
             )
             acc = tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc)
-        if ROUNDS and SHARED:
-            clear(places, entries, 256 - COVER, ROUNDS)
+            if ROUNDS and SHARED:  # only now, so that pairs are read when they are wanted, not all before weights
+                clear(places, entries, start + COLUMNS - 128, ROUNDS)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(

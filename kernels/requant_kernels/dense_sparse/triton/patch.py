@@ -1,7 +1,7 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 # ruff: noqa: PLR0917
-"""Entries become part of a strip's decoded weights (patches.py): a warp scatters those of a block over a buffer in
+"""Entries become part of a strip's decoded weights (patches.py): a warp scatters those of 128 columns over a buffer in
 shared memory that holds zeros otherwise, and reads it in the order of the tensor core's operand.
 
 Triton has no such scatter, so it is PTX: one warp for each block of a strip, which touches no buffer but its own. Where
@@ -15,29 +15,16 @@ import triton.language as tl
 
 NOWHERE = tl.constexpr(0x2000 << 16)  # an entry behind the last of a block's places
 AHEAD = tl.constexpr(2)  # entries of a lane that are fetched before they are wanted
-STATIC = 48 * 1024  # bytes of shared memory that a kernel may declare
-
-
-@triton.constexpr_function
-def cover(warps):
-    """Columns of a block that a buffer covers: all, if so many fit."""
-    return 256 if 8192 * warps < STATIC else 128
-
-
-@triton.constexpr_function
-def _stride(warps):
-    """Bytes from a warp's buffer to the next one's. Behind each is room for entries that have no place in it."""
-    return 32 * cover(warps) + 16
+# Bytes from a warp's buffer to the next one's: 16 rows x 128 columns of 2, and room for entries of other columns.
+STRIDE = tl.constexpr(4096 + 16)
 
 
 @triton.constexpr_function
 def _reserve(warps):
     """Buffers of zeros; $1: where the first 16 of a lane's bytes are. Their size keeps the alignment of what follows,
     which products read (1024)."""
-    zeros = "\n".join(
-        f"st.shared.v4.b32 [%at+{at}], {{%none, %none, %none, %none}};" for at in range(0, 32 * cover(warps), 512)
-    )
-    return f""".shared .align 1024 .b8 requant_patch[{-(-_stride(warps) * warps // 1024) * 1024}];
+    zeros = "\n".join(f"st.shared.v4.b32 [%at+{at}], {{%none, %none, %none, %none}};" for at in range(0, 4096, 512))
+    return f""".shared .align 1024 .b8 requant_patch[{-(-STRIDE.value * warps // 1024) * 1024}];
         {{
         .reg .b32 %at, %none;
         mov.b32 %none, 0;
@@ -49,11 +36,9 @@ def _reserve(warps):
 
 
 @triton.constexpr_function
-def _place(to, entry, first, warps):
-    """``to`` becomes the address of ``entry`` in the buffer at %buffer, which begins with place ``first``."""
-    if cover(warps) == 256:
-        return f"""shr.u32 {to}, {entry}, 16;
-            add.s32 {to}, {to}, %buffer;"""
+def _place(to, entry, first):
+    """``to`` becomes the address of ``entry`` in the buffer at %buffer, which begins with place ``first``, or behind
+    it."""
     return f"""shr.u32 {to}, {entry}, 16;
         sub.s32 {to}, {to}, {first};
         min.u32 {to}, {to}, 4096;
@@ -61,7 +46,7 @@ def _place(to, entry, first, warps):
 
 
 @triton.constexpr_function
-def _more(value, address, count, first, warps):
+def _more(value, address, count, first):
     """Stores ``value`` at the places of the entries at ``address``, of which the warp has ``count``."""
     return f"""mov.b64 %from, {address};
         mov.b32 %left, {count};
@@ -72,7 +57,7 @@ def _more(value, address, count, first, warps):
         setp.lt.s32 %mine, %lane, %left;
         mov.b32 %entry, {NOWHERE.value};
         @%mine ld.global.b32 %entry, [%from];
-        {_place("%at", "%entry", first, warps)}
+        {_place("%at", "%entry", first)}
         mov.b32 {{%half, %rest}}, %entry;
         st.shared.b16 [%at], {value};
         sub.s32 %left, %left, 32;
@@ -82,17 +67,17 @@ def _more(value, address, count, first, warps):
 
 
 @triton.constexpr_function
-def _put(first, entries, more, warps):
+def _put(first, entries, more):
     """$0, $1 ...: the addresses of as many ``entries`` of a lane, whose buffer, which follows, begins with place
     ``first``; ``more``: address and count of what the warp has besides."""
     store = "".join(
-        f"""{_place(f"${i}", f"${entries + 1 + i}", first, warps)}
+        f"""{_place(f"${i}", f"${entries + 1 + i}", first)}
         mov.b32 {{%half, %rest}}, ${entries + 1 + i};
         st.shared.b16 [${i}], %half;
         """
         for i in range(entries)
     )
-    further = _more("%half", f"${2 * entries + 1}", f"${2 * entries + 2}", first, warps) if more else ""
+    further = _more("%half", f"${2 * entries + 1}", f"${2 * entries + 2}", first) if more else ""
     return f"""{{
         .reg .pred %done, %mine;
         .reg .b16 %half, %rest;
@@ -108,10 +93,10 @@ def _put(first, entries, more, warps):
 
 
 @triton.constexpr_function
-def _clear(first, entries, more, warps):
+def _clear(first, entries, more):
     """Zeros at $2, $3 ..., of ``entries``, and as ``_put`` says; $1 is the buffer."""
     store = "\n".join(f"st.shared.b16 [${2 + i}], %none;" for i in range(entries))
-    further = _more("%none", f"${2 + entries}", f"${3 + entries}", first, warps) if more else ""
+    further = _more("%none", f"${2 + entries}", f"${3 + entries}", first) if more else ""
     return f"""{{
         .reg .pred %done, %mine;
         .reg .b16 %half, %rest, %none;
@@ -142,7 +127,7 @@ def _read(at):
 def reserve(T: tl.constexpr):
     """Buffers, of zeros. Once, at the beginning of a kernel."""
     lane = tl.arange(0, 32 * T)
-    at = lane // 32 * _stride(T) + lane % 32 * 16
+    at = lane // 32 * STRIDE + lane % 32 * 16
     tl.inline_asm_elementwise(_reserve(T), "=r,r", [at], tl.int32, False, 1)
 
 
@@ -169,11 +154,11 @@ def fetch(entries_ptr, begin, end, ROUNDS: tl.constexpr):
 
 @triton.jit
 def put(entries, START: tl.constexpr, ROUNDS: tl.constexpr):
-    """Entries, as ``fetch`` gives them, of the columns from START on that a buffer covers. What ``clear`` wants, which
-    has to follow: where they are."""
+    """Entries, as ``fetch`` gives them, of columns [START, START + 128) go to the buffers, which are empty. What
+    ``clear`` wants, which has to follow: where they are."""
     T: tl.constexpr = entries[0].shape[0] // 32
-    buffer = tl.arange(0, 32 * T) // 32 * _stride(T)
-    code: tl.constexpr = _put(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD, T)
+    buffer = tl.arange(0, 32 * T) // 32 * STRIDE
+    code: tl.constexpr = _put(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD)
     if ROUNDS == 1:
         at = tl.inline_asm_elementwise(code, "=&r,r,r", [buffer, entries[0]], tl.int32, False, 1)
         return (at,)
@@ -186,11 +171,11 @@ def put(entries, START: tl.constexpr, ROUNDS: tl.constexpr):
 
 
 @triton.jit
-def read(like, START: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
-    """What has been put of columns [START, START + 128), as pairs of weights: a tuple of 8 planes int32
-    [S, KW, 8, 4, 2, 2] in the layout of ``like``, a word of codes."""
+def read(like, S: tl.constexpr, KW: tl.constexpr):
+    """What has been put, as pairs of weights: a tuple of 8 planes int32 [S, KW, 8, 4, 2, 2] in the layout of ``like``,
+    a word of codes."""
     T: tl.constexpr = S * KW
-    at = tl.arange(0, T)[:, None] * _stride(T) + tl.arange(0, 128)[None, :] * 4 + START % cover(T) * 32
+    at = tl.arange(0, T)[:, None] * STRIDE + tl.arange(0, 128)[None, :] * 4
     at = tl.reshape(at, (S, KW, 8, 4, 2, 2))
     planes = ()
     for plane in tl.static_range(8):
@@ -206,8 +191,8 @@ def read(like, START: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
 def clear(at, entries, START: tl.constexpr, ROUNDS: tl.constexpr):
     """Zeros where ``put`` has put the entries."""
     T: tl.constexpr = entries[0].shape[0] // 32
-    buffer = tl.arange(0, 32 * T) // 32 * _stride(T)
-    code: tl.constexpr = _clear(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD, T)
+    buffer = tl.arange(0, 32 * T) // 32 * STRIDE
+    code: tl.constexpr = _clear(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD)
     if ROUNDS == 1:
         tl.inline_asm_elementwise(code, "=r,r,r", [buffer, at[0]], tl.int32, False, 1)
     elif ROUNDS == 2:
