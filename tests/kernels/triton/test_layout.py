@@ -6,10 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
-from requant_kernels.dense_sparse.triton.patches import MANY, Patches, build_patches
+from requant_kernels.dense_sparse.triton.patches import AHEAD, LANES, ROUNDS, Patches, build_patches
 from requant_kernels.dense_sparse.triton.slots import (
     DEEPEST,
-    LANES,
     SHALLOW,
     Slots,
     build_slots,
@@ -200,7 +199,9 @@ def test_patches_hold_every_entry_once_at_its_place(part):
     assert len(patches.entries) == int(mask.sum())
     assert torch.equal(in_patches(patches, blocks, values.shape, values.dtype), values * mask)
     most = int(patches.starts.diff().max())
-    assert patches.rounds == min(MANY, -(-most // 32))
+    assert patches.rounds in ROUNDS
+    assert patches.rounds > AHEAD or patches.rounds * LANES >= most
+    assert patches.rounds == 1 or ROUNDS[ROUNDS.index(patches.rounds) - 1] * LANES < most
 
 
 def uneven_part(shape: tuple[int, int], sigma: float) -> SparsePart:

@@ -13,8 +13,10 @@ T blocks of strips are patched side by side, by as many warps; what a lane of a 
 import triton
 import triton.language as tl
 
+from requant_kernels.dense_sparse.triton import patches
+
 NOWHERE = tl.constexpr(0x2000 << 16)  # an entry behind the last of a block's places
-AHEAD = tl.constexpr(2)  # entries of a lane that are fetched before they are wanted
+AHEAD = tl.constexpr(patches.AHEAD)
 # Bytes from a warp's buffer to the next one's: 16 rows x 128 columns of 2, and room for entries of other columns.
 STRIDE = tl.constexpr(4096 + 16)
 
@@ -46,10 +48,43 @@ def _place(to, entry, first):
 
 
 @triton.constexpr_function
-def _more(value, address, count, first):
-    """Stores ``value`` at the places of the entries at ``address``, of which the warp has ``count``."""
-    return f"""mov.b64 %from, {address};
-        mov.b32 %left, {count};
+def _store(first):
+    """The value of entry $2 goes to its place in the buffer at $1, at address $0."""
+    return f"""{{
+        .reg .b16 %half, %rest;
+        .reg .b32 %buffer;
+        mov.b32 %buffer, requant_patch;
+        add.s32 %buffer, %buffer, $1;
+        {_place("$0", "$2", first)}
+        mov.b32 {{%half, %rest}}, $2;
+        st.shared.b16 [$0], %half;
+        }}"""
+
+
+@triton.constexpr_function
+def _zero():
+    """At address $1."""
+    return """{
+        .reg .b16 %none;
+        mov.b16 %none, 0;
+        st.shared.b16 [$1], %none;
+        mov.b32 $0, 0;
+        }"""
+
+
+@triton.constexpr_function
+def _store_others(value, first):
+    """``value`` goes to the places, in the buffer at $1, of the entries at address $2, of which the warp has $3."""
+    return f"""{{
+        .reg .pred %done, %mine;
+        .reg .b16 %half, %rest, %none;
+        .reg .b32 %at, %buffer, %entry, %left, %lane;
+        .reg .b64 %from;
+        mov.b16 %none, 0;
+        mov.b32 %buffer, requant_patch;
+        add.s32 %buffer, %buffer, $1;
+        mov.b64 %from, $2;
+        mov.b32 %left, $3;
         mov.u32 %lane, %laneid;
         MORE_${{:uid}}:
         setp.le.s32 %done, %left, 0;
@@ -63,51 +98,7 @@ def _more(value, address, count, first):
         sub.s32 %left, %left, 32;
         add.s64 %from, %from, 128;
         bra.uni MORE_${{:uid}};
-        DONE_${{:uid}}:"""
-
-
-@triton.constexpr_function
-def _put(first, entries, more):
-    """$0, $1 ...: the addresses of as many ``entries`` of a lane, whose buffer, which follows, begins with place
-    ``first``; ``more``: address and count of what the warp has besides."""
-    store = "".join(
-        f"""{_place(f"${i}", f"${entries + 1 + i}", first)}
-        mov.b32 {{%half, %rest}}, ${entries + 1 + i};
-        st.shared.b16 [${i}], %half;
-        """
-        for i in range(entries)
-    )
-    further = _more("%half", f"${2 * entries + 1}", f"${2 * entries + 2}", first) if more else ""
-    return f"""{{
-        .reg .pred %done, %mine;
-        .reg .b16 %half, %rest;
-        .reg .b32 %at, %buffer, %entry, %left, %lane;
-        .reg .b64 %from;
-        mov.b32 %buffer, requant_patch;
-        add.s32 %buffer, %buffer, ${entries};
-        bar.warp.sync 0xffffffff;
-        {store}
-        {further}
-        bar.warp.sync 0xffffffff;
-        }}"""
-
-
-@triton.constexpr_function
-def _clear(first, entries, more):
-    """Zeros at $2, $3 ..., of ``entries``, and as ``_put`` says; $1 is the buffer."""
-    store = "\n".join(f"st.shared.b16 [${2 + i}], %none;" for i in range(entries))
-    further = _more("%none", f"${2 + entries}", f"${3 + entries}", first) if more else ""
-    return f"""{{
-        .reg .pred %done, %mine;
-        .reg .b16 %half, %rest, %none;
-        .reg .b32 %at, %buffer, %entry, %left, %lane;
-        .reg .b64 %from;
-        mov.b16 %none, 0;
-        mov.b32 %buffer, requant_patch;
-        add.s32 %buffer, %buffer, $1;
-        bar.warp.sync 0xffffffff;
-        {store}
-        {further}
+        DONE_${{:uid}}:
         mov.b32 $0, 0;
         }}"""
 
@@ -140,7 +131,7 @@ def locate(starts_ptr, block, live):
 @triton.jit
 def fetch(entries_ptr, begin, end, ROUNDS: tl.constexpr):
     """A lane's entries of those from ``begin`` to ``end``: a tuple of int32 [32 T], ROUNDS, at most AHEAD, of them;
-    where there are more of a warp's, their address and number, too."""
+    where that may not be all of the warp's, the others' address and number, too."""
     at = begin + tl.arange(0, begin.shape[0]) % 32
     entries = ()
     for i in tl.static_range(min(ROUNDS, AHEAD)):
@@ -153,21 +144,31 @@ def fetch(entries_ptr, begin, end, ROUNDS: tl.constexpr):
 
 
 @triton.jit
+def _meet(lanes):
+    """What the lanes of a warp have done, all of them see. lanes: any tensor of [32 T]."""
+    tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.b32 $0, 0;", "=r,r", [lanes], tl.int32, False, 1)
+
+
+@triton.jit
+def _others(entries, buffer, START: tl.constexpr, VALUE: tl.constexpr):
+    code: tl.constexpr = _store_others(VALUE, START * 32)
+    tl.inline_asm_elementwise(code, "=r,r,l,r", [buffer, entries[AHEAD], entries[AHEAD + 1]], tl.int32, False, 1)
+
+
+@triton.jit
 def put(entries, START: tl.constexpr, ROUNDS: tl.constexpr):
     """Entries, as ``fetch`` gives them, of columns [START, START + 128) go to the buffers, which are empty. What
     ``clear`` wants, which has to follow: where they are."""
-    T: tl.constexpr = entries[0].shape[0] // 32
-    buffer = tl.arange(0, 32 * T) // 32 * STRIDE
-    code: tl.constexpr = _put(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD)
-    if ROUNDS == 1:
-        at = tl.inline_asm_elementwise(code, "=&r,r,r", [buffer, entries[0]], tl.int32, False, 1)
-        return (at,)
-    elif ROUNDS == 2:
-        arguments = [buffer, entries[0], entries[1]]
-        return tl.inline_asm_elementwise(code, "=&r,=&r,r,r,r", arguments, (tl.int32, tl.int32), False, 1)
-    else:
-        arguments = [buffer, entries[0], entries[1], entries[2], entries[3]]
-        return tl.inline_asm_elementwise(code, "=&r,=&r,r,r,r,l,r", arguments, (tl.int32, tl.int32), False, 1)
+    buffer = tl.arange(0, entries[0].shape[0]) // 32 * STRIDE
+    _meet(buffer)
+    places = ()
+    for i in tl.static_range(min(ROUNDS, AHEAD)):
+        place = tl.inline_asm_elementwise(_store(START * 32), "=&r,r,r", [buffer, entries[i]], tl.int32, False, 1)
+        places = places + (place,)  # noqa: RUF005
+    if ROUNDS > AHEAD:
+        _others(entries, buffer, START, "%half")
+    _meet(buffer)
+    return places
 
 
 @triton.jit
@@ -188,18 +189,14 @@ def read(like, S: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
-def clear(at, entries, START: tl.constexpr, ROUNDS: tl.constexpr):
+def clear(places, entries, START: tl.constexpr, ROUNDS: tl.constexpr):
     """Zeros where ``put`` has put the entries."""
-    T: tl.constexpr = entries[0].shape[0] // 32
-    buffer = tl.arange(0, 32 * T) // 32 * STRIDE
-    code: tl.constexpr = _clear(START * 32, min(ROUNDS, AHEAD), ROUNDS > AHEAD)
-    if ROUNDS == 1:
-        tl.inline_asm_elementwise(code, "=r,r,r", [buffer, at[0]], tl.int32, False, 1)
-    elif ROUNDS == 2:
-        tl.inline_asm_elementwise(code, "=r,r,r,r", [buffer, at[0], at[1]], tl.int32, False, 1)
-    else:
-        arguments = [buffer, at[0], at[1], entries[2], entries[3]]
-        tl.inline_asm_elementwise(code, "=r,r,r,r,l,r", arguments, tl.int32, False, 1)
+    buffer = tl.arange(0, entries[0].shape[0]) // 32 * STRIDE
+    _meet(buffer)
+    for i in tl.static_range(min(ROUNDS, AHEAD)):
+        tl.inline_asm_elementwise(_zero(), "=r,r", [places[i]], tl.int32, False, 1)
+    if ROUNDS > AHEAD:
+        _others(entries, buffer, START, "%none")
 
 
 @triton.jit

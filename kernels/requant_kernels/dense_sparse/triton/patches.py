@@ -15,13 +15,14 @@ from requant_kernels.sparse import SparsePart
 
 LANES = 32
 PLANE = 512  # bytes: 16 rows x 16 columns of 2
-MANY = 3  # rounds: more than are fetched ahead (patch.py)
+AHEAD = 8  # rounds at most whose entries a lane has fetched before they are wanted
+ROUNDS = (1, 2, 4, AHEAD, AHEAD + 1)  # of a layer's kernels: the last takes what it has not fetched one by one
 
 
 @dataclass(frozen=True)
 class Patches:
     """entries int32 [nnz], block by block of a strip, strip by strip; starts int32 [strips * blocks + 1]: where those
-    of each block begin; ``rounds``: how often a warp takes 32 of the block that has most, at most MANY."""
+    of each block begin; ``rounds``: how often a warp takes 32 of a block, the least of ROUNDS that do for all."""
 
     entries: torch.Tensor
     starts: torch.Tensor
@@ -42,5 +43,6 @@ def build_patches(sparse: SparsePart, strips: int, blocks: int) -> Patches:
     order = torch.argsort(block, stable=True)
     entries = places(rows % STRIP, columns % BLOCK) << 16 | bits16(sparse.values)
     counts = torch.bincount(block, minlength=strips * blocks)
-    rounds = min(MANY, -(-int(counts.max()) // LANES))
+    needed = min(-(-int(counts.max()) // LANES), ROUNDS[-1])
+    rounds = next(rounds for rounds in ROUNDS if rounds >= needed)
     return Patches(entries[order], offsets_of(counts).to(torch.int32), rounds)

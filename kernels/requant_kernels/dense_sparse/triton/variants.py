@@ -22,7 +22,7 @@ from requant_kernels.dense_sparse.triton.layer import (
 from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.one import one_kernel
-from requant_kernels.dense_sparse.triton.patches import MANY
+from requant_kernels.dense_sparse.triton.patches import ROUNDS
 from requant_kernels.dense_sparse.triton.route import COLUMNS, COMPARED
 from requant_kernels.dense_sparse.triton.routing import (
     activate_kernel,
@@ -76,8 +76,9 @@ def _variant(  # noqa: PLR0917
     split: int = WHOLE,
     crowded: bool = False,
     top: int = 0,
+    rounds: int = 0,
 ) -> Variant:
-    """top: of routed experts, how many a token has."""
+    """top: of routed experts, how many a token has; rounds: of patches, the usual number where it is 0."""
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
     tile = rule if isinstance(rule, Tile) else None
     kernel, label = decode_kernel, "decode"
@@ -90,7 +91,10 @@ def _variant(  # noqa: PLR0917
         steps = (MOST_STEPS if crowded else 1) if sparse else 0
         constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "LATER": later, "LISTS": crowded}
     else:
-        constants |= {"ROUNDS": (MANY if crowded else USUAL) if sparse else 0, "SHARED": table != "mi300"}
+        constants |= {
+            "ROUNDS": (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0,
+            "SHARED": table != "mi300",
+        }
     if kernel is middle_kernel:
         assert tile
         constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns}
@@ -103,6 +107,7 @@ def _variant(  # noqa: PLR0917
         + ("", " split", " overflow")[split]
     )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
+    name += f" {rounds} rounds" if rounds else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
@@ -125,6 +130,9 @@ def _every() -> Iterator[Variant]:
                     yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
             for crowded in (True, False) if sparse else (False,):
                 yield _variant(name, table.decode, bits, group, kind, dtype, sparse, crowded=crowded)
+            for tile, rounds in product((*used, table.decode), ROUNDS[:1] + ROUNDS[2:-1] if sparse else ()):
+                if not isinstance(tile, Tile) or tile.kernel == "middle":
+                    yield _variant(name, tile, bits, group, kind, dtype, sparse, rounds=rounds)
 
 
 def _cover() -> Iterator[Variant]:
@@ -136,9 +144,7 @@ def _cover() -> Iterator[Variant]:
             yield _variant(name, tile, next(used), group, kind, "bf16")
     hopper = tables()["h200"]
     one, sixteen, sixty_four = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64))
-    eight = hopper.tile(8, 8, False)
     assert one
-    assert eight
     assert sixteen
     assert sixty_four
     for bits, group, kind in (
@@ -154,8 +160,8 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
         yield _variant("h200", shared_out(hopper.decode, 16), bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
-    yield _variant("h200", eight, 8, 32, ASYMMETRIC, "fp16", split=HERE)
-    yield _variant("h200", eight, 8, 128, SYMMETRIC, "bf16", split=HERE)
+    yield _variant("h200", sixteen, 8, 32, ASYMMETRIC, "fp16", split=HERE)
+    yield _variant("h200", sixteen, 8, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 4, 256, CODEBOOK, "bf16")
@@ -169,7 +175,9 @@ def _cover() -> Iterator[Variant]:
     of_8_bits = hopper.tile(128, 8, False)
     assert of_8_bits
     yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
-    for tile in (one, eight, sixteen, sixty_four):
+    for tile, rounds in product((sixteen, sixty_four, most), ROUNDS[:1] + ROUNDS[2:-1]):
+        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
+    for tile in (one, sixteen, sixty_four):
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
