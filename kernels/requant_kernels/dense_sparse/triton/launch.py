@@ -196,8 +196,8 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     layer = call.layer
     entries, segments, _, bounds, _ = call.beside_slots
     slots, further, owners = call.slots
-    rest, later = rest_at_once(layer.rest, tile.k_warps, layer.group, layer.kind)
-    constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "LATER": later, "QUADS": QUADS}
+    rest, more = rest_at_once(layer.rest, tile.k_warps, layer.group, layer.kind)
+    constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "MORE": more, "QUADS": QUADS}
     constants |= {"LISTS": bool(layer.beside_slots.entries)}
     token_tiles, row_tiles, splits = grid
     one_kernel[row_tiles, splits, token_tiles](

@@ -22,7 +22,7 @@ def decode_kernel(
     DT: tl.constexpr = w_ptr.dtype.element_ty
     COLUMNS: tl.constexpr = 128  # stored at a time
     # Words wait in registers for an iteration where there are enough of both.
-    AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK and GROUP >= 128 and KW <= 2
+    AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK and GROUP >= 128
     R: tl.constexpr = 16 * S
     t = tl.arange(0, S * KW)
     kw = tl.arange(0, KW)

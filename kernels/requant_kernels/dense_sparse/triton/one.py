@@ -48,7 +48,7 @@ def one_kernel(
     entries_ptr, segments_ptr, bounds_ptr, pairs_ptr, experts_ptr,
     M, N, K, blocks, strips, width, scale_step, exponent, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, LISTS: tl.constexpr, Q: tl.constexpr,
-    REST: tl.constexpr, LATER: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
+    REST: tl.constexpr, MORE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
     KW: tl.constexpr, PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [1, N] = x [1, K] (dense + sparse)^T + bias; ``finish`` says what SPLIT does.
@@ -61,7 +61,7 @@ def one_kernel(
     crowded strips (lists.py): they have no dense part, and their sums go to shares beyond N, which ``reduce_kernel``
     adds back.
     scales: int32 words [.., width], or the levels. Q steps of slots go with each block of columns. Of what is left a
-    group of warps has fetched REST steps before, and multiplies them and, with LATER, all others after the blocks.
+    group of warps has fetched REST steps before, and multiplies them and, with MORE, all others after the blocks.
     EVEN: 256 * KW divides K.
     """
     if PDL:
@@ -126,7 +126,7 @@ def one_kernel(
         words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
     if Q:
         strip_of = strip + group // KW
-        if LATER:
+        if MORE:
             places = locate_strips(further_ptr, strip_of, first < strips, depth, strips)
         else:
             places = (strip_of * depth, strip_of * depth, tl.where(first < strips, depth, 0))
@@ -139,7 +139,7 @@ def one_kernel(
     if REST:
         rest = beside + split * KW + group % KW
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
-    if LATER:
+    if MORE:
         more = deepest(further_ptr, strip, depth, S) - beside - splits * KW * REST
     if LISTS and BITS > 2:  # of 2 bits ptxas has no register left of those it allows itself
         most = most_chunks(bounds_ptr, first, S)
@@ -193,7 +193,7 @@ def one_kernel(
             products = add_products(products, gathered, now_slots, Q, DT)
     if REST:
         products = add_products(products, gather_all(x_ptr, left, REST), left, REST, DT)
-    if LATER:
+    if MORE:
         rest += splits * KW * REST
         for _ in tl.range(0, tl.cdiv(more, splits * KW * AFTER), num_stages=1):
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)

@@ -87,9 +87,9 @@ def _variant(  # noqa: PLR0917
         constants |= {"SPLIT": split, "BIAS": split != LATER, "PDL": tables()[table].pdl, "TOP": top}
         constants["EVEN"] = not crowded
     if kernel is one_kernel:
-        rest, later = rest_at_once(MOST_REST + crowded if sparse else 0, rule.k_warps, group, kind)
+        rest, more = rest_at_once(MOST_REST + crowded if sparse else 0, rule.k_warps, group, kind)
         steps = (MOST_STEPS if crowded else 1) if sparse else 0
-        constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "LATER": later, "LISTS": crowded}
+        constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
     else:
         constants |= {
             "ROUNDS": (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0,
