@@ -4,7 +4,7 @@
 """Packed words -> weights, in the registers where a tensor core wants them: the helpers that all kernels share.
 
 Shapes: S strips of 16 rows make R = 16 * S rows; KW blocks of columns are decoded side by side, one for each group of
-warps. The words of a block (layout.py, "Strips") are a tuple of BITS int32 tensors [S, KW, 8, 4, 2, 2]. The reshapes
+warps. The words of a block (strips.py) are a tuple of BITS int32 tensors [S, KW, 8, 4, 2, 2]. The reshapes
 below only rename registers: on NVIDIA GPUs the order of a strip is that of the A operand of ``mma.m16n8k16``, so
 nothing passes through shared memory between the copy that fetches the words and the matrix instruction.
 
@@ -18,7 +18,7 @@ import triton.language as tl
 from requant_kernels.dense_sparse.triton import layer
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = (tl.constexpr(kind) for kind in (layer.SYMMETRIC, layer.ASYMMETRIC, layer.CODEBOOK))
-SHIFTED = tl.constexpr(3)  # asymmetric, zero points subtracted from the codes as integers (``shifted_exponent``)
+SHIFTED = tl.constexpr(3)  # asymmetric, zero points subtracted from the codes as integers (``_shifted_exponent``)
 
 
 @triton.jit

@@ -94,6 +94,12 @@ class Call:
         return EXPONENTS[self.x.dtype]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """What all kernels take of a layer: K, blocks, width, scale_step, exponent."""
+        layer = self.layer
+        return layer.in_features, layer.blocks, layer.rows, layer.scale_step, self.exponent
+
+    @property
     def constants(self) -> dict[str, Any]:
         return {"BITS": self.layer.bits, "GROUP": self.layer.group, "KIND": self.layer.kind}
 
@@ -211,12 +217,8 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
         *_route(call),
         call.tokens,
         call.out_features,
-        layer.in_features,
-        layer.blocks,
+        *call.sizes,
         layer.strips,
-        layer.rows,
-        layer.scale_step,
-        call.exponent,
         slots.shape[1],
         **_constants(call, tile, sums),
         **constants,
@@ -225,18 +227,13 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
 
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
-    layer = call.layer
     middle_kernel[grid](
         *_arrays(call, sums),
         *call.patches,
         *_route(call),
         call.tokens,
         call.out_features,
-        layer.in_features,
-        layer.blocks,
-        layer.rows,
-        layer.scale_step,
-        call.exponent,
+        *call.sizes,
         TOKENS=tile.tokens,
         COLUMNS=tile.columns,
         **call.patched,
@@ -284,18 +281,14 @@ def _decode_and_multiply(call: Call, decode: Decode) -> torch.Tensor:
 
 
 def _decode(call: Call, decode: Decode, weight: torch.Tensor, start: int) -> None:
-    layer, rows = call.layer, weight.shape[0]
+    rows = weight.shape[0]
     decode_kernel[(-(-rows // (16 * decode.strips)),)](
         weight,
         *call.dense,
         *call.patches,
         start // 16,
         rows,
-        layer.in_features,
-        layer.blocks,
-        layer.rows,
-        layer.scale_step,
-        call.exponent,
+        *call.sizes,
         **call.constants,
         **call.patched,
         S=decode.strips,

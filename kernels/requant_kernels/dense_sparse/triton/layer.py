@@ -19,7 +19,7 @@ from requant_kernels.weight import DenseSparseWeight
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
 MOST_STEPS = 2  # of slots that go with a block of columns: as many as there are registers for
-MOST_REST = 8  # steps beyond those, which no strip has more of
+MOST_REST = 8  # steps beyond those that a kernel may fetch before the blocks, where no strip has further ones
 
 
 class Beside(NamedTuple):

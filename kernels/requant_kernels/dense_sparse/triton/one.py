@@ -46,7 +46,7 @@ from requant_kernels.dense_sparse.triton.operand import load_columns
 def one_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, further_ptr,
     entries_ptr, segments_ptr, bounds_ptr, pairs_ptr, experts_ptr,
-    M, N, K, blocks, strips, width, scale_step, exponent, depth,
+    M, N, K, blocks, width, scale_step, exponent, strips, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, LISTS: tl.constexpr, Q: tl.constexpr,
     REST: tl.constexpr, MORE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
     KW: tl.constexpr, PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
