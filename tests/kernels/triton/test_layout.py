@@ -1,5 +1,7 @@
 """The runtime layouts against their own description: naive loops read them back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -20,10 +22,10 @@ from requant_kernels.dense_sparse.triton.strips import (
     SPARE_BLOCKS,
     STRIP,
     build_strips,
-    code_value,
     pack_strips,
     unit,
 )
+from requant_kernels.errors import CheckpointError
 from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.sparse import SparsePart
 
@@ -54,11 +56,21 @@ def test_every_code_stands_where_the_description_says(bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_centring_is_exact(bits, dtype):
-    codes = torch.arange(1 << bits)
-    values = code_value(codes, bits, dtype)
-    centred = (values[:, None].float() - values[None, :].float()).to(dtype).float() / unit(bits, dtype)
-    assert torch.equal(centred, (codes[:, None] - codes[None, :]).float())
+def test_a_code_becomes_a_centred_number_without_rounding(bits, dtype):
+    """What decode.py does: a code among the lowest bits of a float is subnormal, times a power of two a number."""
+    codes = torch.arange(1 << bits, dtype=torch.int16)
+    largest = {torch.bfloat16: 127, torch.float16: 15}[dtype]
+    for bit in range(9 - bits):
+        values = (codes << bit).view(dtype) * 2.0 ** (largest - bit)
+        zero_points = (codes.float() * unit(dtype)).to(dtype)
+        centred = (values[:, None] - zero_points[None, :]).float() / unit(dtype)
+        assert torch.equal(centred, (codes[:, None] - codes[None, :]).float())
+
+
+def test_steps_beyond_float16_are_refused():
+    weight = random_weight(LayerScheme(WeightScheme(4, 64)), (20, 128), dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=r"weight_scale: 200 is too large .*: use bfloat16"):
+        build_strips(replace(weight, scale=torch.full_like(weight.scale, 200)))
 
 
 def test_a_step_word_holds_two_groups():
@@ -71,7 +83,7 @@ def test_a_step_word_holds_two_groups():
     halves = strips.scales.view(torch.bfloat16).view(2, 2, 128, 2)  # block, word, row, group of the word
     for group in range(5):
         block, within = divmod(group, 4)
-        step = halves[block, within // 2, :20, within % 2] * unit(4, torch.bfloat16)
+        step = halves[block, within // 2, :20, within % 2] * unit(torch.bfloat16)
         assert torch.equal(step, weight.scale[:, group])
 
 

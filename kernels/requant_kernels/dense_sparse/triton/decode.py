@@ -12,13 +12,14 @@ KIND says what a code means: SYMMETRIC (code - midpoint) * step, ASYMMETRIC (cod
 CODEBOOK levels[row][code].
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton import layer
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = (tl.constexpr(kind) for kind in (layer.SYMMETRIC, layer.ASYMMETRIC, layer.CODEBOOK))
-SHIFTED = tl.constexpr(3)  # asymmetric, zero points subtracted from the codes as integers (``_shifted_exponent``)
 
 
 @triton.jit
@@ -99,26 +100,27 @@ def words_of(group, kind):
     return 256 // group if kind == layer.ASYMMETRIC else max(1, 128 // group)
 
 
-@triton.jit
-def _shift_right(word, BY: tl.constexpr):
-    if BY >= 0:
-        return word >> BY
-    else:
-        return word << (-BY)
+@triton.constexpr_function
+def _shift_of(plane, bits):
+    """By how much a word is shifted for the codes of ``plane``: the first codes of a half do without."""
+    window = 8 // bits * bits
+    return plane % (16 // bits) * bits // window * window
+
+
+@triton.constexpr_function
+def _bit_of(plane, bits):
+    """At which bit of its half a code of ``plane`` is then."""
+    return 0 if bits == 3 and plane == 15 else plane % (16 // bits) * bits - _shift_of(plane, bits)
 
 
 @triton.jit
-def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr, AT: tl.constexpr):
-    """The two codes of each word that belong to plane PLANE, at bit AT of its low and high half."""
+def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """The two codes of each word that belong to plane PLANE, at bit ``_bit_of`` of its low and high half."""
     if BITS == 3 and PLANE == 15:  # five codes fill 15 bits of a half; the 16th takes the spare bit of three words
-        a = _shift_right(words[0], 15 - AT) & (0x00010001 << AT)
-        b = _shift_right(words[1], 14 - AT) & (0x00020002 << AT)
-        c = _shift_right(words[2], 13 - AT) & (0x00040004 << AT)
-        return a | b | c
+        return (words[0] >> 15 & 0x00010001) | (words[1] >> 14 & 0x00020002) | (words[2] >> 13 & 0x00040004)
     else:
-        PER: tl.constexpr = 16 // BITS
-        MASK: tl.constexpr = (((1 << BITS) - 1) << AT) * 0x00010001
-        return _shift_right(words[PLANE // PER], (PLANE % PER) * BITS - AT) & MASK
+        MASK: tl.constexpr = (((1 << BITS) - 1) << _bit_of(PLANE, BITS)) * 0x00010001
+        return words[PLANE // (16 // BITS)] >> _shift_of(PLANE, BITS) & MASK
 
 
 @triton.jit
@@ -133,10 +135,10 @@ def _select(levels, masks, BITS: tl.constexpr, FIRST: tl.constexpr):
 
 
 @triton.jit
-def _bit_masks(pair, BITS: tl.constexpr):
-    """Bit i of each half, spread over the half, for i < BITS."""
+def _bit_masks(pair, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """Bit FIRST + i of each half, spread over the half, for i < BITS."""
     masks = ()
-    for i in tl.static_range(BITS):
+    for i in tl.static_range(FIRST, FIRST + BITS):
         masks = masks + (((pair >> i) & 0x00010001) * 0xFFFF,)  # noqa: RUF005 (triton knows no *)
     return masks
 
@@ -149,84 +151,89 @@ def halves(pair, DT: tl.constexpr):
     return tl.join(low, high)
 
 
+@triton.constexpr_function
+def _twice(value, dtype):
+    """Words, of which both halves are ``value``, a power of two or 0, as ``dtype``."""
+    exponent = int(math.log2(abs(value))) + (15 if dtype == tl.float16 else 127) if value else 0
+    bits = (exponent << (10 if dtype == tl.float16 else 7)) | (0x8000 if math.copysign(1, value) < 0 else 0)
+    return bits * 0x10001 - (1 << 32 if bits >> 15 else 0)
+
+
+@triton.jit
+def _fma(a, b, c, DT: tl.constexpr, PTX: tl.constexpr):
+    """a * b + c of both halves of words: int32 [...], of one shape after broadcasting. Rounded once with PTX.
+
+    PTX, because of the same in Triton compilers make products of one half each, and then put the halves together."""
+    if PTX:
+        FMA: tl.constexpr = "fma.rn.f16x2" if tl.float16 == DT else "fma.rn.bf16x2"
+        return tl.inline_asm_elementwise(FMA + " $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1)
+    else:
+        b += a * 0  # may be a number
+        c += a * 0
+        low = half_bits(a, 0, DT) * half_bits(b, 0, DT) + half_bits(c, 0, DT)
+        high = half_bits(a, 1, DT) * half_bits(b, 1, DT) + half_bits(c, 1, DT)
+        low, high = low.to(DT).to(tl.int16, bitcast=True), high.to(DT).to(tl.int16, bitcast=True)
+        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
 @triton.jit
 def _plane(
-    words, levels, exponent, PLANE: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+    words, levels, steps, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Plane PLANE of a block, [S, KW, 8, 4, 2, 2, 2]: levels, or codes as DT before they are centred.
+    """Plane PLANE of a block, int32 [S, KW, 8, 4, 2, 2] of two DT each: levels, or codes less zero points, times
+    ``strips.unit``.
 
-    A code in the mantissa under a fixed exponent is a float without a conversion: bfloat16 1 + code / 2**BITS,
-    float16 1024 + code. 8 bits do not fit bfloat16's mantissa and take the same way through float32. ``exponent`` is
-    ``EXPONENTS`` (launch.py) as an argument of the kernel: of two constants in one instruction the compiler
-    would make two instructions.
+    The lowest bits of a float whose other bits are zero are an integer times the least subnormal number, up to 8 bits
+    of bfloat16 and 11 of float16 wherever they stand among them: a product makes it a number, without a conversion.
     """
+    pair = _codes(words, PLANE, BITS)
     if KIND == CODEBOOK:
-        pair = _codes(words, PLANE, BITS, 0)
-        return halves(_select(levels, _bit_masks(pair, BITS), BITS, 0), DT)
-    elif KIND == SHIFTED:
-        return halves(_codes(words, PLANE, BITS, 0 if tl.float16 == DT else 6 - BITS) + exponent, DT)
-    elif tl.float16 == DT:
-        return halves(_codes(words, PLANE, BITS, 0) | exponent, DT)
-    elif BITS == 8:
-        pair = _codes(words, PLANE, BITS, 0)
-        codes = tl.join(pair & 0xFFFF, (pair >> 16) & 0xFFFF)
-        return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+        return _select(levels, _bit_masks(pair, _bit_of(PLANE, BITS), BITS), BITS, 0)
     else:
-        return halves(_codes(words, PLANE, BITS, 7 - BITS) | exponent, DT)
-
-
-@triton.jit
-def _shifted_exponent(word, BITS: tl.constexpr, DT: tl.constexpr):
-    """What takes the place of the exponent for SHIFTED: with it 2**BITS - zero point is added to both codes of a word,
-    whose sums have a bit more. Subtracted as floats, zero points cost the compiler one more instruction for every
-    weight, in which it packs them in pairs again. word: of steps and zero points."""
-    zero = word >> 16 & 0xFFFF
-    if tl.float16 == DT:  # noqa: SIM108
-        above = 0xC800 + (1 << BITS) - zero  # 1024 + 2**BITS - zero point; ``zero`` is 1024 + zero point
-    else:
-        above = 0x5F80 - (zero >> 1)  # 1 + (1 - zero point / 2**BITS) / 2; ``zero`` is 1 + zero point / 2**BITS
-    return above * 0x10001
+        UNIT: tl.constexpr = _twice(2.0 ** ((15 if tl.float16 == DT else 127) - _bit_of(PLANE, BITS)), DT)
+        if KIND == ASYMMETRIC:  # noqa: SIM108 (of the two only one is compiled)
+            less = _both(steps[PLANE * 16 // GROUP], 1, PTX)
+        else:
+            less = _twice(-_midpoint(BITS, DT), DT)
+        return _fma(pair, UNIT, less, DT, PTX)
 
 
 @triton.jit
 def _weights(
-    words, levels, steps, exponent, pairs, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, DT: tl.constexpr,
+    words, levels, steps, pairs, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Plane PLANE of a block, DT [S, KW, 8, 4, 2, 2, 2], as ``weights`` says."""
-    MODE: tl.constexpr = SHIFTED if KIND == ASYMMETRIC and (tl.float16 == DT or BITS < 8) else KIND
-    AT: tl.constexpr = PLANE * 16 // GROUP
-    above = exponent
-    if MODE == SHIFTED:
-        above = _shifted_exponent(steps[AT], BITS, DT)
-    w = _plane(words, levels, above, PLANE, BITS, MODE, DT)
-    if MODE == SHIFTED:
-        w = (w - (1024.0 + (1 << BITS)) if tl.float16 == DT else w * 2.0 - 3.0).to(DT)
-    elif KIND != CODEBOOK:
-        zero = midpoint(steps, AT, BITS, KIND, DT)
-        w = (w - (zero[:, :, :, :, :, :, None] if KIND == ASYMMETRIC else zero)).to(DT)
-    if KIND != CODEBOOK:
-        w = w * group_scale(steps, AT, KIND, DT)[:, :, :, :, :, :, None]
+    """Plane PLANE of a block, int32 [S, KW, 8, 4, 2, 2] of two DT each, as ``weights`` says."""
+    w = _plane(words, levels, steps, PLANE, BITS, GROUP, KIND, DT, PTX)
+    more = _twice(-0.0, DT)
     if len(pairs) > 0:
-        w = (w + halves(pairs[PLANE % len(pairs)], DT)).to(DT)
+        more = pairs[PLANE % len(pairs)]
+    if KIND == CODEBOOK:
+        if len(pairs) > 0:
+            w = _fma(w, _twice(1.0, DT), more, DT, PTX)
+    elif KIND == ASYMMETRIC:
+        w = _fma(w, _both(steps[PLANE * 16 // GROUP], 0, PTX), more, DT, PTX)
+    else:
+        w = _fma(w, _both(steps[PLANE * 16 // GROUP // 2], PLANE * 16 // GROUP % 2, PTX), more, DT, PTX)
     return w
 
 
 @triton.jit
 def _planes(
-    words, levels, steps, exponent, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr,
+    words, levels, steps, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order; codes
-    where GROUP is None."""
+    """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order, and
+    their halves before it: weights where they are SCALED, else codes."""
     if COUNT > 1:
-        even = _planes(words, levels, steps, exponent, pairs, FIRST, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT)
-        odd = _planes(words, levels, steps, exponent, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT)
-        return tl.join(even, odd)
-    elif GROUP is None:
-        return _plane(words, levels, exponent, FIRST, BITS, KIND, DT)
+        e = _planes(words, levels, steps, pairs, FIRST, 2 * STEP, COUNT // 2, SCALED, BITS, GROUP, KIND, DT, PTX)
+        o = _planes(words, levels, steps, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, SCALED, BITS, GROUP, KIND, DT, PTX)
+        return tl.join(e, o)
+    elif SCALED:
+        return halves(_weights(words, levels, steps, pairs, FIRST, BITS, GROUP, KIND, DT, PTX), DT)
     else:
-        return _weights(words, levels, steps, exponent, pairs, FIRST, BITS, GROUP, KIND, DT)
+        return halves(_plane(words, levels, steps, FIRST, BITS, GROUP, KIND, DT, PTX), DT)
 
 
 @triton.jit
@@ -246,23 +253,37 @@ def _tile(p, S: tl.constexpr, KW: tl.constexpr, PLANES: tl.constexpr, QUADS: tl.
 
 @triton.jit
 def codes(
-    words, levels, exponent, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
-    BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
+    words, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr,
+    DT: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block: [KW, R, 16 * PLANES], see ``_plane`` for the values."""
-    p = _planes(words, levels, (), exponent, (), FIRST, 1, PLANES, BITS, None, KIND, DT)
+    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block without their steps, their zero points the middle of all
+    codes: DT [KW, R, 16 * PLANES], times ``strips.unit``."""
+    p = _planes(words, (), (), (), FIRST, 1, PLANES, False, BITS, 16, SYMMETRIC, DT, PTX)
     return _tile(p, S, KW, PLANES, QUADS)
 
 
 @triton.jit
 def weights(
-    words, levels, steps, exponent, pairs, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    words, levels, steps, pairs, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block times their steps, as ``load_steps`` gives them, or their
     levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns]."""
-    p = _planes(words, levels, steps, exponent, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT)
+    p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, True, BITS, GROUP, KIND, DT, PTX)
     return _tile(p, S, KW, PLANES, QUADS)
+
+
+@triton.jit
+def _both(word, HALF: tl.constexpr, PTX: tl.constexpr):
+    """int32 words, both halves of which are half HALF of ``word``."""
+    if PTX:
+        BYTES: tl.constexpr = "prmt.b32 $0, $1, 0, " + ("0x3232;" if HALF else "0x1010;")
+        return tl.inline_asm_elementwise(BYTES, "=r,r", [word], tl.int32, True, 1)
+    elif HALF:
+        return (word & -0x10000) | (word >> 16 & 0xFFFF)
+    else:
+        return (word << 16) | (word & 0xFFFF)
 
 
 @triton.jit
@@ -280,12 +301,13 @@ def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
         return half_bits(steps[GROUP // 2], GROUP % 2, DT)
 
 
+@triton.constexpr_function
+def _midpoint(bits, dtype):
+    """The zero point in the middle of all codes, times ``strips.unit``."""
+    return (1 << (bits - 1)) * (2.0**-9 if dtype == tl.float16 else 2.0**-6)
+
+
 @triton.jit
-def midpoint(steps, GROUP: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """What ``_plane`` gives for the zero point of the block's group GROUP: DT [..], or a number for all rows."""
-    if KIND == ASYMMETRIC:
-        return half_bits(steps[GROUP], 1, DT)
-    elif tl.float16 == DT:
-        return 1024.0 + (1 << (BITS - 1))
-    else:
-        return 128.0 if BITS == 8 else 1.5
+def beside_midpoint(steps, GROUP: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr):
+    """float32 [..]: by what ``codes`` are too small where the block's group GROUP is ASYMMETRIC."""
+    return half_bits(steps[GROUP], 1, DT).to(tl.float32) + _midpoint(BITS, DT)

@@ -20,12 +20,11 @@ from requant_kernels.gpu import FP_FUSION
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
 QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: operand.py
-SHARED = not triton.knobs.runtime.interpret and torch.version.hip is None  # how entries are added: patch.py
-if SHARED:
+PTX = not triton.knobs.runtime.interpret and torch.version.hip is None  # of our own within the kernels
+if PTX:
     declared.always_ask()
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
 OPTIONS = {False: {"PDL": False, **FP_FUSION}, True: {"PDL": True, "launch_pdl": True, **FP_FUSION}}
-EXPONENTS = {torch.bfloat16: 0x3F803F80, torch.float16: 0x64006400}  # of 1 and of 1024, in both halves of a word
 
 
 @dataclass(frozen=True)
@@ -89,24 +88,19 @@ class Call:
         return self.tensors[-5:] if self.layer.beside_slots.entries else [self.tensors[0]] * 5
 
     @property
-    def exponent(self) -> int:
-        """What decode.py puts above a code: the kernels' argument of that name."""
-        return EXPONENTS[self.x.dtype]
-
-    @property
     def sizes(self) -> tuple[int, ...]:
-        """What all kernels take of a layer: K, blocks, width, scale_step, exponent."""
+        """What all kernels take of a layer: K, blocks, width, scale_step."""
         layer = self.layer
-        return layer.in_features, layer.blocks, layer.rows, layer.scale_step, self.exponent
+        return layer.in_features, layer.blocks, layer.rows, layer.scale_step
 
     @property
     def constants(self) -> dict[str, Any]:
-        return {"BITS": self.layer.bits, "GROUP": self.layer.group, "KIND": self.layer.kind}
+        return {"BITS": self.layer.bits, "GROUP": self.layer.group, "KIND": self.layer.kind, "PTX": PTX}
 
     @property
     def patched(self) -> dict[str, Any]:
         """Of kernels that read patches."""
-        return {"ROUNDS": self.layer.rounds, "SHARED": SHARED}
+        return {"ROUNDS": self.layer.rounds}
 
 
 @cache

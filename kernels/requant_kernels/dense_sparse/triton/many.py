@@ -10,10 +10,10 @@ from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, lo
 from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
 
 
-@triton.jit(do_not_specialize=["first_strip", "rows", "blocks", "exponent"])
+@triton.jit(do_not_specialize=["first_strip", "rows", "blocks"])
 def decode_kernel(
-    w_ptr, codes_ptr, scales_ptr, entries_ptr, starts_ptr, first_strip, rows, K, blocks, width, scale_step, exponent,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, SHARED: tl.constexpr,
+    w_ptr, codes_ptr, scales_ptr, entries_ptr, starts_ptr, first_strip, rows, K, blocks, width, scale_step,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     S: tl.constexpr, KW: tl.constexpr,
 ):  # fmt: skip
     """w DT [rows, K] = dense + sparse of ``rows`` rows from strip ``first_strip`` on, KW blocks of columns at a time.
@@ -38,7 +38,7 @@ def decode_kernel(
         lane = tl.arange(0, 32 * S * KW) // 32
         starts_at = starts_ptr + (first + lane // KW) * blocks
         lane %= KW
-    if ROUNDS and SHARED:
+    if ROUNDS and PTX:
         reserve(S * KW)
         begin, end = locate(starts_at, lane, lane < blocks)
         fetched = fetch(entries_ptr, begin, end, ROUNDS)
@@ -56,21 +56,21 @@ def decode_kernel(
         steps = ()
         if KIND != CODEBOOK:
             steps = load_steps(steps_at, start, blocks, scale_step, width, GROUP, KIND, S, KW)
-        if ROUNDS and SHARED:
+        if ROUNDS and PTX:
             entries = fetched
             fetched = fetch(entries_ptr, begin, end, ROUNDS)
             begin, end = locate(starts_at, start + 2 * KW + lane, start + 2 * KW + lane < blocks)
         for at in tl.static_range(0, 256, COLUMNS):
             pairs = ()
-            if ROUNDS and SHARED:
+            if ROUNDS and PTX:
                 places = put(entries, at, ROUNDS)
                 pairs = read(now[0], S, KW)
             elif ROUNDS:
                 begin, end = locate(starts_at, start + lane, start + lane < blocks)
                 pairs = compared(entries_ptr, begin, end, at, S, KW)
-            w = weights(now, levels, steps, exponent, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, False)
+            w = weights(now, levels, steps, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, False, PTX)
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
-            if ROUNDS and SHARED:
+            if ROUNDS and PTX:
                 clear(places, entries, at, ROUNDS)

@@ -20,11 +20,11 @@ from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
 
 
-@triton.jit(do_not_specialize=["M", "blocks", "exponent"], do_not_specialize_on_alignment=["bias_ptr"])
+@triton.jit(do_not_specialize=["M", "blocks"], do_not_specialize_on_alignment=["bias_ptr"])
 def middle_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, entries_ptr, starts_ptr, pairs_ptr,
-    experts_ptr, M, N, K, blocks, width, scale_step, exponent,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, SHARED: tl.constexpr,
+    experts_ptr, M, N, K, blocks, width, scale_step,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     S: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def middle_kernel(
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks
         lanes = tl.zeros((32 * S,), tl.int32)
-    if ROUNDS and SHARED:
+    if ROUNDS and PTX:
         reserve(S)
         begin, end = locate(starts_at, lo, lanes + lo < hi)
         fetched = fetch(entries_ptr, begin, end, ROUNDS)
@@ -89,7 +89,7 @@ def middle_kernel(
         stepped = steps
         if KIND != CODEBOOK:
             steps = load_steps(steps_at, block + 1, blocks, scale_step, width, GROUP, KIND, S, 1)
-        if ROUNDS and SHARED:
+        if ROUNDS and PTX:
             entries = fetched
             fetched = fetch(entries_ptr, begin, end, ROUNDS)
             begin, end = locate(starts_at, block + 2, lanes + (block + 2) < hi)
@@ -101,10 +101,10 @@ def middle_kernel(
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             pairs = ()
             places = ()
-            if ROUNDS and not SHARED:
+            if ROUNDS and not PTX:
                 begin, end = locate(starts_at, block, lanes == 0)
             for half in tl.static_range(start, (start + COLUMNS) if ROUNDS else start, 128):
-                if SHARED:
+                if PTX:
                     if half > start:
                         clear(places, entries, half - 128, ROUNDS)
                     places = put(entries, half, ROUNDS)
@@ -112,10 +112,10 @@ def middle_kernel(
                 else:
                     pairs = pairs + compared(entries_ptr, begin, end, half, S, 1)
             w = weights(
-                words, levels, stepped, exponent, pairs, start // 16, COLUMNS // 16, S, 1, BITS, GROUP, KIND, DT, False
+                words, levels, stepped, pairs, start // 16, COLUMNS // 16, S, 1, BITS, GROUP, KIND, DT, False, PTX
             )
             acc = tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc)
-            if ROUNDS and SHARED:  # only now, so that pairs are read when they are wanted, not all before weights
+            if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
                 clear(places, entries, start + COLUMNS - 128, ROUNDS)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

@@ -16,13 +16,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from requant_kernels.dense_sparse.triton.decode import (
     ASYMMETRIC,
     CODEBOOK,
+    beside_midpoint,
     codes,
     group_scale,
     load_levels,
     load_rows,
     load_steps,
     load_words,
-    midpoint,
     weights,
     words_of,
 )
@@ -40,16 +40,15 @@ from requant_kernels.dense_sparse.triton.gather import (
 from requant_kernels.dense_sparse.triton.operand import load_columns
 
 
-@triton.jit(
-    do_not_specialize=["M", "blocks", "strips", "exponent", "depth"], do_not_specialize_on_alignment=["bias_ptr"]
-)
+@triton.jit(do_not_specialize=["M", "blocks", "strips", "depth"], do_not_specialize_on_alignment=["bias_ptr"])
 def one_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, slots_ptr, owners_ptr, further_ptr,
     entries_ptr, segments_ptr, bounds_ptr, pairs_ptr, experts_ptr,
-    M, N, K, blocks, width, scale_step, exponent, strips, depth,
+    M, N, K, blocks, width, scale_step, strips, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, LISTS: tl.constexpr, Q: tl.constexpr,
     REST: tl.constexpr, MORE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
     KW: tl.constexpr, PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """y [1, N] = x [1, K] (dense + sparse)^T + bias; ``finish`` says what SPLIT does.
 
@@ -80,7 +79,6 @@ def one_kernel(
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
     AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
     AFTER: tl.constexpr = 4  # steps at a time, when all else is done
-    UNCENTRED: tl.constexpr = tl.bfloat16 == DT and BITS < 8  # a second product instead of a subtraction a pair
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
     first = tile_at * S
@@ -170,25 +168,18 @@ def one_kernel(
             x = tl.broadcast_to(x, (BATCH, COLUMNS, 1))
             if KIND == CODEBOOK or FOLDED:
                 w = weights(
-                    now_words, levels, now, exponent, (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP, KIND, DT,
-                    QUADS,
+                    now_words, levels, now, (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP, KIND, DT,
+                    QUADS, PTX,
                 )  # fmt: skip
                 acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
             else:
-                w = codes(now_words, levels, exponent, start // 16, SPAN // 16, S, KW, BITS, KIND, DT, QUADS)
-                step = tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
-                zero = midpoint(now, start // GROUP, BITS, KIND, DT)
-                if KIND == ASYMMETRIC:
-                    zero = tl.reshape(zero, (BATCH, ROWS, 1))
-                if UNCENTRED:
+                w = codes(now_words, start // 16, SPAN // 16, S, KW, BITS, DT, QUADS, PTX)
+                part = tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x)
+                if KIND == ASYMMETRIC:  # not the middle was to be subtracted, but the zero point
                     ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers
                     total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
-                    if KIND == ASYMMETRIC:
-                        zero = zero.to(tl.float32)
-                    acc += (tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x) - zero * total) * step.to(tl.float32)
-                else:
-                    w = (tl.reshape(w, (BATCH, ROWS, SPAN)) - zero).to(DT)
-                    acc += tl.dot(w, x) * step.to(tl.float32)
+                    part += tl.reshape(beside_midpoint(now, start // GROUP, BITS, DT), (BATCH, ROWS, 1)) * total
+                acc += part * tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1)).to(tl.float32)
         if Q:
             products = add_products(products, gathered, now_slots, Q, DT)
     if REST:

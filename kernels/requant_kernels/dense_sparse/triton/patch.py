@@ -5,7 +5,7 @@
 shared memory that holds zeros otherwise, and reads it in the order of the tensor core's operand.
 
 Triton has no such scatter, so it is PTX: one warp for each block of a strip, which touches no buffer but its own. Where
-SHARED is false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
+PTX is false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
 
 T blocks of strips are patched side by side, by as many warps; what a lane of a warp has is an element of [32 T].
 """

@@ -7,8 +7,8 @@ in its upper 16 bits where half = 1; a half takes 16 // bits planes from the low
 With 3 bits five planes fill 15 bits of a half and bit i of plane 15 is the sixteenth bit of set i.
 
 Steps. int32 [blocks, words, rows], or one block where a step covers the row. A word holds the 16 bits of two
-consecutive groups' steps, or, asymmetric, of a group's step and its zero point as ``code_value`` gives it. With a
-codebook: int32 [2**bits, rows], a level in both halves.
+consecutive groups' steps, or, asymmetric, of a group's step and zero point: a step over ``unit``, a zero point times
+``unit`` and negative. With a codebook: int32 [2**bits, rows], a level in both halves.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from requant_kernels.dense_sparse.planes import pack_planes
+from requant_kernels.errors import CheckpointError
 from requant_kernels.packing import unpack
 from requant_kernels.weight import DenseSparseWeight
 
@@ -47,16 +48,9 @@ class Strips:
         return self.strips * STRIP
 
 
-def unit(bits: int, dtype: torch.dtype) -> float:
-    """What one code weighs in the kernels' centred values: bfloat16 reads codes as fractions (decode.py)."""
-    return 2.0**-bits if dtype == torch.bfloat16 and bits < 8 else 1.0
-
-
-def code_value(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """The float of ``dtype`` that the kernels read from a code before they centre it."""
-    if dtype == torch.float16:
-        return (codes.float() + 1024.0).to(dtype)
-    return (codes.float() if bits == 8 else 1.0 + codes.float() * unit(bits, dtype)).to(dtype)
+def unit(dtype: torch.dtype) -> float:
+    """What one code weighs in the kernels' centred values (decode.py)."""
+    return 2.0**-6 if dtype == torch.bfloat16 else 2.0**-9
 
 
 def bits16(values: torch.Tensor) -> torch.Tensor:
@@ -97,17 +91,20 @@ def _codes(weight: DenseSparseWeight, strips: int, blocks: int) -> torch.Tensor:
 
 def _scale_words(weight: DenseSparseWeight, rows: int, blocks: int, group: int, per_row: bool) -> torch.Tensor:
     """int32 [blocks, words, rows]; padded rows and groups step by zero."""
-    scheme, dtype = weight.scheme.weights, weight.dtype
+    dtype = weight.dtype
     assert weight.scale is not None
     groups = 1 if per_row else blocks * (BLOCK // group)
 
     def grid(values: torch.Tensor) -> torch.Tensor:  # [N, K/g] -> [groups, rows]
         return torch.nn.functional.pad(values.T, (0, rows - values.shape[0], 0, groups - values.shape[1]))
 
-    steps = grid((weight.scale.float() / unit(scheme.bits, dtype)).to(dtype))
+    steps = grid((weight.scale.float() / unit(dtype)).to(dtype))
+    if not bool(steps.isfinite().all()):
+        most = float(weight.scale.max())
+        raise CheckpointError(f"weight_scale: {most:g} is too large for the kernels in {dtype}: use bfloat16")
     zero_points = weight.zero_points()
     if zero_points is not None:
-        words = pair_words(steps, grid(code_value(zero_points, scheme.bits, dtype)))
+        words = pair_words(steps, grid((-zero_points.float() * unit(dtype)).to(dtype)))
     elif group < BLOCK:
         words = pair_words(steps[0::2], steps[1::2])
     else:
@@ -121,7 +118,9 @@ def step_group(weight: DenseSparseWeight) -> int:
 
 
 def build_strips(weight: DenseSparseWeight) -> Strips:
-    """The dense part of ``weight``, whose dtype is bfloat16 or float16, on its device."""
+    """The dense part of ``weight``, whose dtype is bfloat16 or float16, on its device.
+
+    Raises CheckpointError for a step of 128 or more in float16, which the kernels take 512 times."""
     rows = padded(weight.out_features, ROW_ALIGNMENT)
     strips, blocks = rows // STRIP, padded(weight.in_features, BLOCK) // BLOCK
     group, per_row = step_group(weight), weight.group_size == weight.in_features

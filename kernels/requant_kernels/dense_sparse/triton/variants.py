@@ -79,7 +79,7 @@ def _variant(  # noqa: PLR0917
     rounds: int = 0,
 ) -> Variant:
     """top: of routed experts, how many a token has; rounds: of patches, the usual number where it is 0."""
-    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips}
+    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips, "PTX": table != "mi300"}
     tile = rule if isinstance(rule, Tile) else None
     kernel, label = decode_kernel, "decode"
     if tile:
@@ -93,7 +93,6 @@ def _variant(  # noqa: PLR0917
     else:
         constants |= {
             "ROUNDS": (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0,
-            "SHARED": table != "mi300",
         }
     if kernel is middle_kernel:
         assert tile
