@@ -77,7 +77,7 @@ def main() -> None:
         more = " / ".join(f"{share:.1%}" for share in rounds)
         rows.append((folder.name, f"{density:.2%}", ranks, f"{slots:.1f}", f"{listed:.0%}", more))
     head = ("checkpoint", "entries", "in rows of rank 50 / 90 / 99 / 100 %", "slots an entry", "in lists")
-    print(table((*head, "blocks of over 32 / 64"), rows))
+    print(table((*head, "patches of over 32 / 64"), rows))
 
 
 if __name__ == "__main__":

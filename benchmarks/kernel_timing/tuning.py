@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
+ENDS = (1, 16, 32, 64, 128, 256, 384, 512, 1024)  # tokens up to which a tile may serve
 GROUP, DENSITY = 128, 0.005
 BITS = (2, 3, 4, 8)
 WORKSPACES = (32, 64, 128, 256)  # MiB
@@ -38,9 +38,11 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
         for k_warps, stages, waves in product((2, 4), (2, 3, 4), (4, 8, 14)):  # more k_warps where few rows are
             yield Tile("one", 1, 1, 1, stages, waves * processors, k_warps)
         return
-    widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128) if 4 * tokens >= up_to or tokens == 128}
-    for tokens, strips, stages, waves, k in product(sorted(widths), (4, 8), (2, 3), (1, 2, 3, 4), {128, columns}):
-        yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, columns=k)
+    widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128, 256) if 4 * tokens >= up_to or tokens == 128}
+    ways = {(128, 256), (columns, 256), (128, 128)}  # columns of a product, of a span
+    for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8), (2, 3), (1, 2, 3, 4), sorted(ways)):
+        if tokens <= 128 or (stages, way) == (2, (128, 128)):  # no more x fits the shared memory
+            yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, 1, *way)
 
 
 def only(tile: Tile | None, in_use: Table, decode: Decode | None = None) -> Table:
@@ -128,6 +130,7 @@ def tune(search: Search, in_use: Table, setting: Setting) -> tuple[int, Table]:
     nothing was decided, and the table that was written."""
     ends = [up_to for up_to in ENDS if up_to <= search.tokens]
     tiles = [tile for up_to in ends for tile in candidates(up_to, *_processors(setting.device))]
+    tiles = [tile for tile in tiles if tile.covers(tile.up_to, search.bits, False)]
     if setting.device.type == "cuda":
         begun = time.monotonic()
         tiles = runnable(tiles, search.bits, in_use, setting, (search.deadline - begun) / 2)

@@ -55,4 +55,4 @@ def test_triton_asks_when_it_loads_a_kernel():
     import triton
     from requant_kernels.dense_sparse.triton import launch
 
-    assert not launch.SHARED or declared.ask in triton.knobs.runtime.kernel_load_end_hook.calls
+    assert not launch.PTX or declared.ask in triton.knobs.runtime.kernel_load_end_hook.calls

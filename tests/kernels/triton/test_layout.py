@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
-from requant_kernels.dense_sparse.triton.patches import AHEAD, LANES, ROUNDS, Patches, build_patches
+from requant_kernels.dense_sparse.triton.patches import AHEAD, LANES, PATCH, ROUNDS, Patches, build_patches
 from requant_kernels.dense_sparse.triton.slots import (
     DEEPEST,
     SHALLOW,
@@ -187,18 +187,18 @@ def test_slots_and_the_rest_hold_every_entry_once(part):
 
 
 def in_patches(patches: Patches, blocks: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The patches read back, by loops: each block as words of two weights, in the order of a strip's codes."""
-    count = len(patches.starts) - 1
-    read = torch.zeros(count // blocks * STRIP, blocks * BLOCK, dtype=dtype)
+    """The patches read back, by loops: each patch as words of two weights, in the order of a strip's codes."""
+    count, across = len(patches.starts) - 1, blocks * (BLOCK // PATCH)
+    read = torch.zeros(count // across * STRIP, blocks * BLOCK, dtype=dtype)
     for at in range(count):
-        words = torch.zeros(16 * 128 * 2, dtype=torch.int16)
+        words = torch.zeros(8 * 128 * 2, dtype=torch.int16)
         for entry in patches.entries[patches.starts[at] : patches.starts[at + 1]].tolist():
             words[(entry >> 16) // 2] = torch.tensor(entry & 0xFFFF).to(torch.int16)
-        strip, block = divmod(at, blocks)
-        for plane, word, half in (words != 0).view(16, 128, 2).nonzero().tolist():
+        strip, patch = divmod(at, across)
+        for plane, word, half in (words != 0).view(8, 128, 2).nonzero().tolist():
             g, t, kh, rh = word // 16, word // 4 % 4, word // 2 % 2, word % 2
-            row, column = strip * STRIP + 8 * rh + g, block * BLOCK + 16 * plane + 8 * kh + 2 * t + half
-            read[row, column] = words.view(16, 128, 2)[plane, word, half].view(dtype)
+            row, column = strip * STRIP + 8 * rh + g, patch * PATCH + 16 * plane + 8 * kh + 2 * t + half
+            read[row, column] = words.view(8, 128, 2)[plane, word, half].view(dtype)
     return read[: shape[0], : shape[1]]
 
 

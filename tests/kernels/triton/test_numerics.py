@@ -13,6 +13,7 @@ SPLIT = 64  # programs: enough to split the columns of every case
 FOUR_STRIPS = replace(ONE, strips=4, k_warps=2)
 ONE_GROUP = replace(ONE, strips=8, k_warps=1)  # of warps, each with a strip of its own
 WIDE = replace(MIDDLE, columns=256)  # a product
+HALVES = replace(MIDDLE, span=128, bits=(2, 4, 8))  # of a block at a time
 GRID = {
     "one token, W4 g128": Case(1, 40, 384, 4, 128, tile=FOUR_STRIPS),
     "one token, W3 per row": Case(1, 33, 300, 3, tile=ONE, dtype=torch.float16),
@@ -62,6 +63,12 @@ GRID = {
     ),
     "middle uneven rows, split": Case(20, 200, 800, 4, sparse="uneven", tile=replace(WIDE, programs=SPLIT)),
     "middle wide 10 %": Case(40, 150, 512, 4, 128, sparse=0.1, tile=WIDE),
+    "middle, half blocks, W4 g128, split": Case(40, 150, 640, 4, 128, tile=replace(HALVES, programs=SPLIT)),
+    "middle, half blocks, W2 g32 asymmetric": Case(
+        20, 40, 416, 2, 32, symmetric=False, sparse="uneven", tile=replace(HALVES, strips=4)
+    ),
+    "middle, half blocks, W8 g64 float16": Case(33, 20, 320, 8, 64, tile=HALVES, dtype=torch.float16),
+    "middle, half blocks, W4 per row": Case(20, 40, 300, 4, tile=HALVES),
     "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
     "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),
     "many W4 g128": Case(300, 200, 384, 4, 128, tile=None),
@@ -86,13 +93,14 @@ def cases(draw: st.DrawFn) -> Case:
     columns = draw(
         st.one_of(st.integers(1, 400), st.just(512)) if group == -1 else st.integers(1, 4).map(group.__mul__)
     )
-    tile = draw(st.sampled_from((ONE, ONE_GROUP, FEW, MIDDLE, WIDE, None)))
+    bits = draw(st.sampled_from((2, 3, 4) if codebook else (2, 3, 4, 8)))
+    tile = draw(st.sampled_from((ONE, ONE_GROUP, FEW, MIDDLE, WIDE, WIDE if bits == 3 else HALVES, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
         tokens=draw(st.integers(1, min(tile.up_to, 70) if tile else 70)),
         rows=draw(st.integers(1, 150)),
         columns=columns - refined,
-        bits=draw(st.sampled_from((2, 3, 4) if codebook else (2, 3, 4, 8))),
+        bits=bits,
         group=group,
         symmetric=codebook or draw(st.booleans()),
         codebook=codebook,

@@ -81,17 +81,33 @@ def load_levels(ptr, stride, BITS: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def load_steps(
-    ptr, block, blocks, scale_step, stride, GROUP: tl.constexpr, KIND: tl.constexpr, S: tl.constexpr, KW: tl.constexpr
+    ptr, span, spans, scale_step, stride, GROUP: tl.constexpr, KIND: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Steps of KW blocks from ``block`` on, as words of ``Strips.scales`` [blocks, .., stride]: a tuple of int32
-    [S, KW, 8, 1, 1, 2], for each thread those of its rows. ptr int32* at the program's first row."""
+    """Steps of KW spans from ``span`` on, of ``spans`` of SPAN columns (a block or half of one), as words of
+    ``Strips.scales`` [blocks, .., stride]: a tuple of int32 [S, KW, 8, 1, 1, 2], for each thread those of its rows.
+    ptr int32* at the program's first row."""
+    WORDS: tl.constexpr = words_of(GROUP, KIND)
+    COUNT: tl.constexpr = max(1, WORDS * SPAN // 256)
     e = tl.arange(0, 16 * S * KW)
-    at = ptr + e // (16 * KW) * 16 + _row(e) + tl.minimum(block + e // 16 % KW, blocks - 1) * scale_step
-    words = load_rows(at, stride, words_of(GROUP, KIND))
+    span = tl.minimum(span + e // 16 % KW, spans - 1)
+    at = ptr + e // (16 * KW) * 16 + _row(e) + span // (256 // SPAN) * scale_step
+    if COUNT < WORDS:
+        at += span % 2 * (COUNT * stride)
+    words = load_rows(at, stride, COUNT)
     steps = ()
-    for word in tl.static_range(len(words)):
+    for word in tl.static_range(COUNT):
         steps = steps + (tl.reshape(words[word], (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
     return steps
+
+
+@triton.jit
+def steps_of(steps, span, GROUP: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr):
+    """Of what ``load_steps`` has loaded for KW = 1 the steps of ``span``, where a word holds those of two spans."""
+    if SPAN == 128 and GROUP == 128 and KIND == SYMMETRIC:
+        return (steps[0] >> span % 2 * 16,)
+    else:
+        return steps
 
 
 @triton.constexpr_function

@@ -230,6 +230,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         *call.sizes,
         TOKENS=tile.tokens,
         COLUMNS=tile.columns,
+        SPAN=tile.span,
         **call.patched,
         **_constants(call, tile, sums),
         **options,

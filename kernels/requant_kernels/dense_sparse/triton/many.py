@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, load_steps, load_words, weights
-from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
+from requant_kernels.dense_sparse.triton.patch import PATCH, clear, compared, fetch, locate, put, read, reserve
 
 
 @triton.jit(do_not_specialize=["first_strip", "rows", "blocks"])
@@ -20,7 +20,6 @@ def decode_kernel(
     Grid (ceil(rows / (16 * S)),), of S * KW warps. entries, starts: ``Patches``, with ROUNDS; 0 where there are none.
     """
     DT: tl.constexpr = w_ptr.dtype.element_ty
-    COLUMNS: tl.constexpr = 128  # stored at a time
     # Words wait in registers for an iteration where there are enough of both.
     AHEAD: tl.constexpr = BITS < 8 and KIND != CODEBOOK and GROUP >= 128
     R: tl.constexpr = 16 * S
@@ -36,13 +35,12 @@ def decode_kernel(
         levels = load_levels(steps_at, width, BITS, S)
     if ROUNDS:
         lane = tl.arange(0, 32 * S * KW) // 32
-        starts_at = starts_ptr + (first + lane // KW) * blocks
+        starts_at = starts_ptr + (first + lane // KW) * blocks * 2
         lane %= KW
     if ROUNDS and PTX:
         reserve(S * KW)
-        begin, end = locate(starts_at, lane, lane < blocks)
-        fetched = fetch(entries_ptr, begin, end, ROUNDS)
-        begin, end = locate(starts_at, KW + lane, KW + lane < blocks)
+        fetched = fetch(entries_ptr, locate(starts_at, 2 * lane, lane < blocks, 2), ROUNDS)
+        located = locate(starts_at, 2 * (KW + lane), KW + lane < blocks, 2)
     words = ()
     if AHEAD:
         words = load_words(words_at, (t % KW < blocks)[:, None], BITS, S, KW)
@@ -55,22 +53,23 @@ def decode_kernel(
             now = load_words(words_at + start * (BITS * 128), (start + t % KW < blocks)[:, None], BITS, S, KW)
         steps = ()
         if KIND != CODEBOOK:
-            steps = load_steps(steps_at, start, blocks, scale_step, width, GROUP, KIND, S, KW)
+            steps = load_steps(steps_at, start, blocks, scale_step, width, GROUP, KIND, S, KW, 256)
         if ROUNDS and PTX:
             entries = fetched
-            fetched = fetch(entries_ptr, begin, end, ROUNDS)
-            begin, end = locate(starts_at, start + 2 * KW + lane, start + 2 * KW + lane < blocks)
-        for at in tl.static_range(0, 256, COLUMNS):
+            fetched = fetch(entries_ptr, located, ROUNDS)
+            after = start + 2 * KW + lane
+            located = locate(starts_at, 2 * after, after < blocks, 2)
+        for at in tl.static_range(0, 256, PATCH):
             pairs = ()
             if ROUNDS and PTX:
-                places = put(entries, at, ROUNDS)
+                places = put(entries[at // PATCH], ROUNDS)
                 pairs = read(now[0], S, KW)
             elif ROUNDS:
-                begin, end = locate(starts_at, start + lane, start + lane < blocks)
-                pairs = compared(entries_ptr, begin, end, at, S, KW)
+                starts = locate(starts_at, 2 * (start + lane) + at // PATCH, start + lane < blocks, 1)
+                pairs = compared(entries_ptr, starts, S, KW)
             w = weights(now, levels, steps, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, False, PTX)
-            k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, COLUMNS)[None, None, :]
+            k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, PATCH)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
             if ROUNDS and PTX:
-                clear(places, entries, at, ROUNDS)
+                clear(places, entries[at // PATCH], ROUNDS)

@@ -14,10 +14,11 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_levels,
     load_steps,
     load_words,
+    steps_of,
     weights,
 )
 from requant_kernels.dense_sparse.triton.finish import finish
-from requant_kernels.dense_sparse.triton.patch import clear, compared, fetch, locate, put, read, reserve
+from requant_kernels.dense_sparse.triton.patch import PATCH, clear, compared, fetch, locate, put, read, reserve
 
 
 @triton.jit(do_not_specialize=["M", "blocks"], do_not_specialize_on_alignment=["bias_ptr"])
@@ -26,20 +27,25 @@ def middle_kernel(
     experts_ptr, M, N, K, blocks, width, scale_step,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    S: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
+    S: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / S, splits of the columns); of
     routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, strips / S of one expert, splits). S warps.
 
     Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256.
-    A product takes COLUMNS, 128 or 256: of wgmma the second of two begins after the first has ended; weights are
-    decoded beside one.
+    SPAN columns, a block or half of one (not of 3 bits), are copied and decoded at a time, and a product takes COLUMNS
+    of them, 128 or 256. Of wgmma the second of two begins after the first has ended; beside one that is alone weights
+    are decoded, those that it takes and those of the next span.
     """
+    tl.static_assert(SPAN == 256 or BITS != 3)
     if PDL:
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = 16 * S
+    LATE: tl.constexpr = TOKENS > 128  # so many sums leave no registers for steps and entries of the next span
+    SPANS: tl.constexpr = 256 // SPAN  # of a block
+    PATCHES: tl.constexpr = SPAN // PATCH
     first = tl.program_id(1) * S
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -58,8 +64,8 @@ def middle_kernel(
         first += expert * tl.num_programs(1) * S
 
     share = tl.cdiv(blocks, splits)
-    lo = split * share
-    hi = tl.minimum(blocks, lo + share)
+    lo = split * share * SPANS
+    hi = tl.minimum(blocks, split * share + share) * SPANS
     words_at = codes_ptr + ((first + tl.arange(0, S)).to(tl.int64) * blocks)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
     steps_at = scales_ptr + first * 16
@@ -67,56 +73,64 @@ def middle_kernel(
     steps = ()
     if KIND == CODEBOOK:
         levels = load_levels(steps_at, width, BITS, S)
-    else:
-        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, 1)
+    elif not LATE:
+        steps = load_steps(steps_at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
     if ROUNDS:
-        starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks
+        starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
         lanes = tl.zeros((32 * S,), tl.int32)
     if ROUNDS and PTX:
         reserve(S)
-        begin, end = locate(starts_at, lo, lanes + lo < hi)
-        fetched = fetch(entries_ptr, begin, end, ROUNDS)
-        begin, end = locate(starts_at, lo + 1, lanes + (lo + 1) < hi)
+        located = locate(starts_at, PATCHES * lo, lanes + lo < hi, PATCHES)
+    if ROUNDS and PTX and not LATE:
+        fetched = fetch(entries_ptr, located, ROUNDS)
+        located = locate(starts_at, PATCHES * (lo + 1), lanes + (lo + 1) < hi, PATCHES)
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
-        ask_for_words(codes_ptr, first, blocks, lo, BITS, S)
+        ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     x_at = x_ptr + from_m[:, None] * K
     acc = tl.zeros((R, TOKENS), tl.float32)
-    for block in range(lo, hi):
-        words = load_words(words_at + block * (BITS * 128), None, BITS, S, 1)
-        stepped = steps
-        if KIND != CODEBOOK:
-            steps = load_steps(steps_at, block + 1, blocks, scale_step, width, GROUP, KIND, S, 1)
-        if ROUNDS and PTX:
+    for span in range(lo, hi):
+        words = load_words(words_at + span * (BITS * SPAN // 2), None, BITS // SPANS, S, 1)
+        now = ()
+        if KIND != CODEBOOK and LATE:
+            now = load_steps(steps_at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+        elif KIND != CODEBOOK:
+            now = steps
+            steps = load_steps(steps_at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+        if ROUNDS and PTX and LATE:
+            entries = fetch(entries_ptr, located, ROUNDS)
+            located = locate(starts_at, PATCHES * (span + 1), lanes + (span + 1) < hi, PATCHES)
+        elif ROUNDS and PTX:
             entries = fetched
-            fetched = fetch(entries_ptr, begin, end, ROUNDS)
-            begin, end = locate(starts_at, block + 2, lanes + (block + 2) < hi)
-        for start in tl.static_range(0, 256, COLUMNS):
-            k = block * 256 + start + tl.arange(0, COLUMNS)
+            fetched = fetch(entries_ptr, located, ROUNDS)
+            located = locate(starts_at, PATCHES * (span + 2), lanes + (span + 2) < hi, PATCHES)
+        for start in tl.static_range(0, SPAN, COLUMNS):
+            k = span * SPAN + start + tl.arange(0, COLUMNS)
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
                 x = tl.load(x_at + k[None, :])
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             pairs = ()
             places = ()
-            if ROUNDS and not PTX:
-                begin, end = locate(starts_at, block, lanes == 0)
-            for half in tl.static_range(start, (start + COLUMNS) if ROUNDS else start, 128):
+            for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
                 if PTX:
-                    if half > start:
-                        clear(places, entries, half - 128, ROUNDS)
-                    places = put(entries, half, ROUNDS)
+                    if patch > start // PATCH:
+                        clear(places, entries[patch - 1], ROUNDS)
+                    places = put(entries[patch], ROUNDS)
                     pairs = pairs + read(words[0], S, 1)
                 else:
-                    pairs = pairs + compared(entries_ptr, begin, end, half, S, 1)
+                    pairs = pairs + compared(
+                        entries_ptr, locate(starts_at, PATCHES * span + patch, lanes == 0, 1), S, 1
+                    )
             w = weights(
-                words, levels, stepped, pairs, start // 16, COLUMNS // 16, S, 1, BITS, GROUP, KIND, DT, False, PTX
-            )
+                words, levels, steps_of(now, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1, BITS,
+                GROUP, KIND, DT, False, PTX,
+            )  # fmt: skip
             acc = tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc)
             if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
-                clear(places, entries, start + COLUMNS - 128, ROUNDS)
+                clear(places, entries[(start + COLUMNS) // PATCH - 1], ROUNDS)
 
     number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     finish(

@@ -115,7 +115,7 @@ def one_kernel(
     if KIND == CODEBOOK:
         levels = load_levels(steps_at, width, BITS, S)
     elif FOLDED:
-        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, KW)
+        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, KW, 256)
     else:
         steps_at += tl.arange(0, 16 * S)[None, :]
         steps = load_rows(steps_at + (tl.minimum(lo + kw, blocks - 1) * scale_step)[:, None], width, WORDS)
@@ -139,7 +139,7 @@ def one_kernel(
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
     if MORE:
         more = deepest(further_ptr, strip, depth, S) - beside - splits * KW * REST
-    if LISTS and BITS > 2:  # of 2 bits ptxas has no register left of those it allows itself
+    if LISTS and BITS == 8:  # of others ptxas has no register left, of those it allows itself
         most = most_chunks(bounds_ptr, first, S)
     if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
@@ -159,7 +159,7 @@ def one_kernel(
             gathered = gather_all(x_ptr, now_slots, Q)
         now = steps
         if FOLDED:
-            steps = load_steps(steps_at, block + KW, blocks, scale_step, width, GROUP, KIND, S, KW)
+            steps = load_steps(steps_at, block + KW, blocks, scale_step, width, GROUP, KIND, S, KW, 256)
         elif KIND != CODEBOOK:
             ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
             steps = load_rows(steps_at + ahead[:, None], width, WORDS)
@@ -182,6 +182,8 @@ def one_kernel(
                 acc += part * tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1)).to(tl.float32)
         if Q:
             products = add_products(products, gathered, now_slots, Q, DT)
+    if LISTS and BITS < 8:
+        most = most_chunks(bounds_ptr, first, S)
     if REST:
         products = add_products(products, gather_all(x_ptr, left, REST), left, REST, DT)
     if MORE:
@@ -196,8 +198,6 @@ def one_kernel(
         if Q:
             sums = add_lanes(sums, products, owners)
         if LISTS:
-            if BITS == 2:
-                most = most_chunks(bounds_ptr, first, S)
             sums = multiply_lists(
                 sums, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
                 splits * KW, DT,

@@ -1,13 +1,12 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
-# ruff: noqa: PLR0917
-"""Entries become part of a strip's decoded weights (patches.py): a warp scatters those of 128 columns over a buffer in
+"""Entries become part of a strip's decoded weights (patches.py): a warp scatters those of a patch over a buffer in
 shared memory that holds zeros otherwise, and reads it in the order of the tensor core's operand.
 
-Triton has no such scatter, so it is PTX: one warp for each block of a strip, which touches no buffer but its own. Where
-PTX is false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
+Triton has no such scatter, so it is PTX: one warp for each strip, which touches no buffer but its own. Where PTX is
+false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
 
-T blocks of strips are patched side by side, by as many warps; what a lane of a warp has is an element of [32 T].
+T strips are patched side by side, by as many warps; what a lane of a warp has is an element of [32 T].
 """
 
 import triton
@@ -15,17 +14,19 @@ import triton.language as tl
 
 from requant_kernels.dense_sparse.triton import patches
 
-NOWHERE = tl.constexpr(0x2000 << 16)  # an entry behind the last of a block's places
+PATCH = tl.constexpr(patches.PATCH)
+BYTES = tl.constexpr(patches.PATCH * 32)  # of a patch of 16 rows
+NOWHERE = tl.constexpr(BYTES.value << 16)  # an entry behind the last of a patch's places
 AHEAD = tl.constexpr(patches.AHEAD)
-# Bytes from a warp's buffer to the next one's: 16 rows x 128 columns of 2, and room for entries of other columns.
-STRIDE = tl.constexpr(4096 + 16)
+STRIDE = tl.constexpr(BYTES.value + 16)  # bytes from a warp's buffer to the next one's, with room for NOWHERE
 
 
 @triton.constexpr_function
 def _reserve(warps):
     """Buffers of zeros; $1: where the first 16 of a lane's bytes are. Their size keeps the alignment of what follows,
     which products read (1024)."""
-    zeros = "\n".join(f"st.shared.v4.b32 [%at+{at}], {{%none, %none, %none, %none}};" for at in range(0, 4096, 512))
+    places = range(0, BYTES.value, 512)
+    zeros = "\n".join(f"st.shared.v4.b32 [%at+{place}], {{%none, %none, %none, %none}};" for place in places)
     return f""".shared .align 1024 .b8 requant_patch[{-(-STRIDE.value * warps // 1024) * 1024}];
         {{
         .reg .b32 %at, %none;
@@ -38,27 +39,18 @@ def _reserve(warps):
 
 
 @triton.constexpr_function
-def _place(to, entry, first):
-    """``to`` becomes the address of ``entry`` in the buffer at %buffer, which begins with place ``first``, or behind
-    it."""
-    return f"""shr.u32 {to}, {entry}, 16;
-        sub.s32 {to}, {to}, {first};
-        min.u32 {to}, {to}, 4096;
-        add.s32 {to}, {to}, %buffer;"""
-
-
-@triton.constexpr_function
-def _store(first):
+def _store():
     """The value of entry $2 goes to its place in the buffer at $1, at address $0."""
-    return f"""{{
+    return """{
         .reg .b16 %half, %rest;
-        .reg .b32 %buffer;
-        mov.b32 %buffer, requant_patch;
-        add.s32 %buffer, %buffer, $1;
-        {_place("$0", "$2", first)}
-        mov.b32 {{%half, %rest}}, $2;
+        mov.b32 $0, requant_patch;
+        add.s32 $0, $0, $1;
+        mov.b32 {%half, %rest}, $2;
+        .reg .b32 %place;
+        shr.u32 %place, $2, 16;
+        add.s32 $0, $0, %place;
         st.shared.b16 [$0], %half;
-        }}"""
+        }"""
 
 
 @triton.constexpr_function
@@ -73,7 +65,7 @@ def _zero():
 
 
 @triton.constexpr_function
-def _store_others(value, first):
+def _store_others(value):
     """``value`` goes to the places, in the buffer at $1, of the entries at address $2, of which the warp has $3."""
     return f"""{{
         .reg .pred %done, %mine;
@@ -92,7 +84,8 @@ def _store_others(value, first):
         setp.lt.s32 %mine, %lane, %left;
         mov.b32 %entry, {NOWHERE.value};
         @%mine ld.global.b32 %entry, [%from];
-        {_place("%at", "%entry", first)}
+        shr.u32 %at, %entry, 16;
+        add.s32 %at, %at, %buffer;
         mov.b32 {{%half, %rest}}, %entry;
         st.shared.b16 [%at], {value};
         sub.s32 %left, %left, 32;
@@ -123,24 +116,32 @@ def reserve(T: tl.constexpr):
 
 
 @triton.jit
-def locate(starts_ptr, block, live):
-    """Where the entries of ``block`` begin and end; none unless ``live``. starts int32* [32 T]: of a lane's strip."""
-    return tl.load(starts_ptr + block, mask=live, other=0), tl.load(starts_ptr + block + 1, mask=live, other=0)
+def locate(starts_ptr, patch, live, COUNT: tl.constexpr):
+    """Where the entries of COUNT patches from ``patch`` on begin, and where the last ones end; there are none unless
+    ``live``. starts int32* [32 T]: of a lane's strip."""
+    starts = ()
+    for i in tl.static_range(COUNT + 1):
+        starts = starts + (tl.load(starts_ptr + patch + i, mask=live, other=0),)  # noqa: RUF005 (triton knows no *)
+    return starts
 
 
 @triton.jit
-def fetch(entries_ptr, begin, end, ROUNDS: tl.constexpr):
-    """A lane's entries of those from ``begin`` to ``end``: a tuple of int32 [32 T], ROUNDS, at most AHEAD, of them;
-    where that may not be all of the warp's, the others' address and number, too."""
-    at = begin + tl.arange(0, begin.shape[0]) % 32
-    entries = ()
-    for i in tl.static_range(min(ROUNDS, AHEAD)):
-        entry = tl.load(entries_ptr + at + 32 * i, mask=at + 32 * i < end, other=NOWHERE)
-        entries = entries + (entry,)  # noqa: RUF005 (triton knows no *)
-    if ROUNDS > AHEAD:
-        far = (entries_ptr + at + 32 * AHEAD).to(tl.int64, bitcast=True)
-        entries = entries + (far, end - begin - 32 * AHEAD)  # noqa: RUF005
-    return entries
+def fetch(entries_ptr, starts, ROUNDS: tl.constexpr):
+    """A lane's entries of the patches that ``starts`` tells, for each a tuple: int32 [32 T], ROUNDS, at most AHEAD, of
+    them; where that may not be all of the warp's, the others' address and number, too."""
+    patches = ()
+    for i in tl.static_range(len(starts) - 1):
+        end = starts[i + 1]
+        at = starts[i] + tl.arange(0, end.shape[0]) % 32
+        entries = ()
+        for j in tl.static_range(min(ROUNDS, AHEAD)):
+            entry = tl.load(entries_ptr + at + 32 * j, mask=at + 32 * j < end, other=NOWHERE)
+            entries = entries + (entry,)  # noqa: RUF005
+        if ROUNDS > AHEAD:
+            far = (entries_ptr + at + 32 * AHEAD).to(tl.int64, bitcast=True)
+            entries = entries + (far, end - starts[i] - 32 * AHEAD)  # noqa: RUF005
+        patches = patches + (entries,)  # noqa: RUF005
+    return patches
 
 
 @triton.jit
@@ -150,23 +151,23 @@ def _meet(lanes):
 
 
 @triton.jit
-def _others(entries, buffer, START: tl.constexpr, VALUE: tl.constexpr):
-    code: tl.constexpr = _store_others(VALUE, START * 32)
+def _others(entries, buffer, VALUE: tl.constexpr):
+    code: tl.constexpr = _store_others(VALUE)
     tl.inline_asm_elementwise(code, "=r,r,l,r", [buffer, entries[AHEAD], entries[AHEAD + 1]], tl.int32, False, 1)
 
 
 @triton.jit
-def put(entries, START: tl.constexpr, ROUNDS: tl.constexpr):
-    """Entries, as ``fetch`` gives them, of columns [START, START + 128) go to the buffers, which are empty. What
-    ``clear`` wants, which has to follow: where they are."""
+def put(entries, ROUNDS: tl.constexpr):
+    """Entries of a patch, as ``fetch`` gives them, go to the buffers, which are empty. What ``clear`` wants, which has
+    to follow: where they are."""
     buffer = tl.arange(0, entries[0].shape[0]) // 32 * STRIDE
     _meet(buffer)
     places = ()
     for i in tl.static_range(min(ROUNDS, AHEAD)):
-        place = tl.inline_asm_elementwise(_store(START * 32), "=&r,r,r", [buffer, entries[i]], tl.int32, False, 1)
+        place = tl.inline_asm_elementwise(_store(), "=&r,r,r", [buffer, entries[i]], tl.int32, False, 1)
         places = places + (place,)  # noqa: RUF005
     if ROUNDS > AHEAD:
-        _others(entries, buffer, START, "%half")
+        _others(entries, buffer, "%half")
     _meet(buffer)
     return places
 
@@ -189,29 +190,29 @@ def read(like, S: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
-def clear(places, entries, START: tl.constexpr, ROUNDS: tl.constexpr):
+def clear(places, entries, ROUNDS: tl.constexpr):
     """Zeros where ``put`` has put the entries."""
     buffer = tl.arange(0, entries[0].shape[0]) // 32 * STRIDE
     _meet(buffer)
     for i in tl.static_range(min(ROUNDS, AHEAD)):
         tl.inline_asm_elementwise(_zero(), "=r,r", [places[i]], tl.int32, False, 1)
     if ROUNDS > AHEAD:
-        _others(entries, buffer, START, "%none")
+        _others(entries, buffer, "%none")
 
 
 @triton.jit
-def compared(entries_ptr, begin, end, START: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
-    """What ``read`` gives, without shared memory. begin, end: ``locate``."""
+def compared(entries_ptr, starts, S: tl.constexpr, KW: tl.constexpr):
+    """What ``read`` gives of a patch, without shared memory. starts: as ``locate`` gives them."""
     T: tl.constexpr = S * KW
     planes = ()
     for _ in tl.static_range(8):
         planes = planes + (tl.zeros((T, 128), tl.int32),)  # noqa: RUF005
-    at = begin + tl.arange(0, 32 * T) % 32
-    for first in range(0, tl.max(end - begin), 32):
-        entry = tl.load(entries_ptr + at + first, mask=at + first < end, other=NOWHERE)
+    at = starts[0] + tl.arange(0, 32 * T) % 32
+    for first in range(0, tl.max(starts[1] - starts[0]), 32):
+        entry = tl.load(entries_ptr + at + first, mask=at + first < starts[1], other=NOWHERE)
         entry = tl.reshape(entry, (T, 32, 1))
         place = entry >> 16
-        word = (place >> 2) - START * 8 - tl.arange(0, 128)[None, None, :]
+        word = (place >> 2) - tl.arange(0, 128)[None, None, :]
         value = (entry & 0xFFFF) << ((place & 2) << 3)
         added = ()
         for plane in tl.static_range(8):

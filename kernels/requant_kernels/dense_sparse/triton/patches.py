@@ -1,6 +1,7 @@
-"""The sparse part as the matrix kernels have it: the entries of a block of a strip (strips.py) side by side.
+"""The sparse part as the matrix kernels have it: the entries of a patch, half a block of a strip (strips.py), side by
+side.
 
-An entry is an int32: the value's 16 bits, and above them its place, the byte at which its weight would be if the block
+An entry is an int32: the value's 16 bits, and above them its place, the byte at which its weight would be if the patch
 were decoded to words of two in the order of a strip's codes, plane by plane. A warp puts 32 of them at a time where
 they belong (patch.py).
 """
@@ -13,6 +14,7 @@ from requant_kernels.dense_sparse.triton.lists import offsets_of
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP, bits16
 from requant_kernels.sparse import SparsePart
 
+PATCH = BLOCK // 2  # columns
 LANES = 32
 PLANE = 512  # bytes: 16 rows x 16 columns of 2
 AHEAD = 8  # rounds at most whose entries a lane has fetched before they are wanted
@@ -21,8 +23,8 @@ ROUNDS = (1, 2, 4, AHEAD, AHEAD + 1)  # of a layer's kernels: the last takes wha
 
 @dataclass(frozen=True)
 class Patches:
-    """entries int32 [nnz], block by block of a strip, strip by strip; starts int32 [strips * blocks + 1]: where those
-    of each block begin; ``rounds``: how often a warp takes 32 of a block, the least of ROUNDS that do for all."""
+    """entries int32 [nnz], patch by patch of a strip, strip by strip; starts int32 [strips * patches + 1]: where those
+    of each patch begin; ``rounds``: how often a warp takes 32 of a patch, the least of ROUNDS that do for all."""
 
     entries: torch.Tensor
     starts: torch.Tensor
@@ -30,7 +32,7 @@ class Patches:
 
 
 def places(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """int32: the place of ``rows``, of a strip, and ``columns``, of a block; int64 of any shape. As strips.py says."""
+    """int32: the place of ``rows``, of a strip, and ``columns``, of a patch; int64 of any shape. As strips.py says."""
     word = rows % 8 * 16 + columns % 8 // 2 * 4 + columns % 16 // 8 * 2 + rows // 8
     return (columns // 16 * PLANE + word * 4 + columns % 2 * 2).to(torch.int32)
 
@@ -39,10 +41,11 @@ def build_patches(sparse: SparsePart, strips: int, blocks: int) -> Patches:
     """``sparse``, at least one entry, whose values are bfloat16 or float16, of a layer of ``strips`` strips and
     ``blocks`` blocks of columns, on its device."""
     rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
-    block = rows // STRIP * blocks + columns // BLOCK
-    order = torch.argsort(block, stable=True)
-    entries = places(rows % STRIP, columns % BLOCK) << 16 | bits16(sparse.values)
-    counts = torch.bincount(block, minlength=strips * blocks)
+    across = blocks * (BLOCK // PATCH)
+    patch = rows // STRIP * across + columns // PATCH
+    order = torch.argsort(patch, stable=True)
+    entries = places(rows % STRIP, columns % PATCH) << 16 | bits16(sparse.values)
+    counts = torch.bincount(patch, minlength=strips * across)
     needed = min(-(-int(counts.max()) // LANES), ROUNDS[-1])
     rounds = next(rounds for rounds in ROUNDS if rounds >= needed)
     return Patches(entries[order], offsets_of(counts).to(torch.int32), rounds)

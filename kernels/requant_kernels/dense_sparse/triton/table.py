@@ -28,8 +28,8 @@ class Tile:
 
     A warp has a strip; with one token (kernel "one") each of ``k_warps`` groups of warps has some of the columns, at
     least so many groups, as ``widened`` says. Columns are split further until about ``programs`` programs run.
-    ``columns``: of a product (kernel "middle"; 128 or 256). ``bits`` and ``codebook`` narrow the rule to some layers;
-    None matches all.
+    Kernel "middle": a program copies and decodes ``span`` columns at a time, of which a product takes ``columns``; 128
+    or 256 each. ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
     """
 
     kernel: str
@@ -40,6 +40,7 @@ class Tile:
     programs: int
     k_warps: int = 1
     columns: int = 128
+    span: int = 256
     bits: tuple[int, ...] | None = None
     codebook: bool | None = None
 
@@ -52,6 +53,8 @@ class Tile:
             raise ValueError("kernel middle: k_warps must be 1")
         if self.columns not in (128, 256):
             raise ValueError(f"columns {self.columns} is not 128 or 256")
+        if self.span not in (self.columns, 256):
+            raise ValueError(f"span {self.span} is not 256 or as many as columns, {self.columns}")
 
     @property
     def warps(self) -> int:
@@ -62,6 +65,7 @@ class Tile:
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
             tokens <= self.up_to
+            and (bits != 3 or self.span == 256)  # their 16th plane is in all words of a block
             and (self.bits is None or bits in self.bits)
             and (self.codebook is None or codebook == self.codebook)
         )

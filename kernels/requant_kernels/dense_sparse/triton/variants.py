@@ -1,6 +1,7 @@
 """Which compilations serving can reach, for ``make aot``: every table's tiles x layers, or a cover of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -29,7 +30,7 @@ from requant_kernels.dense_sparse.triton.routing import (
     align_kernel,
     combine_kernel,
 )
-from requant_kernels.dense_sparse.triton.table import Decode, Tile, shared_out, tables, widened
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out, tables, widened
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
 ACTIVATIONS = ("x_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
@@ -39,7 +40,7 @@ DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 KINDS = {SYMMETRIC: "symmetric", ASYMMETRIC: "asymmetric", CODEBOOK: "codebook"}
 GROUPS = (16, 32, 64, 128, 256)
 TOP = 8  # experts of a token
-USUAL = 2  # rounds of patches, with 0.5 % entries
+USUAL = 1  # rounds of patches, with 0.5 % entries
 
 
 def _signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -96,7 +97,7 @@ def _variant(  # noqa: PLR0917
         }
     if kernel is middle_kernel:
         assert tile
-        constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns}
+        constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span}
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
@@ -120,10 +121,15 @@ def _layers() -> Iterator[tuple[int, int, int]]:
             yield bits, 256, CODEBOOK
 
 
+def _distinct(tiles: Iterable[Tile]) -> list[Tile]:
+    """Without those that differ from another one in nothing but the layers and tokens that they serve."""
+    return list({replace(tile, up_to=tile.tokens, bits=None, codebook=None): tile for tile in tiles}.values())
+
+
 def _every() -> Iterator[Variant]:
     for name, table in tables().items():
         for (bits, group, kind), dtype, sparse in product(_layers(), DTYPES, (True, False)):
-            used = [tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile]
+            used = _distinct(tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
             for tile, crowded in product(used, (True, False) if sparse else (False,)):
                 for split in (WHOLE, HERE, LATER) if sparse and tile.kernel == "one" else (WHOLE, HERE):
                     yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
@@ -134,10 +140,28 @@ def _every() -> Iterator[Variant]:
                     yield _variant(name, tile, bits, group, kind, dtype, sparse, rounds=rounds)
 
 
+def _large(hopper: Table) -> Iterator[Variant]:
+    """What is near the limit of the registers on Hopper: tiles of more than 32 tokens, several rounds of patches."""
+    sixteen, sixty_four, most, largest = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128, 256))
+    for tile in (most, largest):
+        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
+        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", split=HERE)
+        yield _variant("h200", tile, 2, 32, ASYMMETRIC, "fp16", crowded=True)
+    for tokens in (64, 256):
+        of_3_bits = hopper.largest(tokens, 3, False)
+        yield _variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "fp16", split=HERE)
+        for top in (0, TOP):
+            yield _variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
+    for tokens in (64, 128):
+        yield _variant("h200", hopper.largest(tokens, 8, False), 8, 32, ASYMMETRIC, "bf16")
+    for tile, rounds in product((sixteen, sixty_four, most, largest), ROUNDS[:1] + ROUNDS[2:-1]):
+        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
+
+
 def _cover() -> Iterator[Variant]:
     """Every tile of every table once at W4 g128; then the layers that differ in code, on one table and few tiles."""
     for name, table in tables().items():
-        for tile in table.tiles:
+        for tile in _distinct(table.tiles):
             kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
             used = (bits for bits in (4, 8, 3, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
             yield _variant(name, tile, next(used), group, kind, "bf16")
@@ -165,34 +189,22 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
     yield _variant("h200", sixteen, 4, 256, CODEBOOK, "bf16")
     yield _variant("h200", sixteen, 3, 64, ASYMMETRIC, "bf16", crowded=True)
-    yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "fp16", split=HERE)
-    most = hopper.tile(128, 4, False)
-    assert most
-    yield _variant("h200", most, 4, 128, SYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", most, 4, 64, ASYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", most, 3, 64, ASYMMETRIC, "bf16", crowded=True)
-    of_8_bits = hopper.tile(128, 8, False)
-    assert of_8_bits
-    yield _variant("h200", of_8_bits, 8, 128, ASYMMETRIC, "bf16")
-    for tile, rounds in product((sixteen, sixty_four, most), ROUNDS[:1] + ROUNDS[2:-1]):
-        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
+    yield from _large(hopper)
     for tile in (one, sixteen, sixty_four):
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
     yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
-    for tokens in (32, 64, 128):
+    for tokens in (32, 64, 128, 256):
         low = hopper.tile(tokens, 4, False)
         assert low
         yield _variant("h200", low, 4, 128, SYMMETRIC, "bf16", sparse=False)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
-        for tokens in (1, 8, 16, 32, 64, 128):
+        for tokens in (1, 8, 16, 32, 64, 128, 256):
             found = tables()[name].tile(tokens, 4, False)
             if found and found.up_to == tokens:
                 yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
-    for top in (0, TOP):
-        yield _variant("h200", sixty_four, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
     yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
     yield _variant("h200", hopper.decode, 3, 64, ASYMMETRIC, "bf16", crowded=True)
 
