@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("kernels", ".")]
 
+from requant_kernels.dense_sparse.triton.patches import PATCH
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables, widened
 
@@ -26,15 +27,16 @@ from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Ex
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-# Of the loops on sm_90 (`make aot`), triton 3.6: a weight, by kernel, without entries; one token adds some for a slot,
-# the others for each weight what patching takes (patch.py), whatever the number of entries up to two rounds.
-INSTRUCTIONS = {"one": 2.1, "middle": 2.9, "decode": 2.9}
+# Of the loops on sm_90 (`make aot`), triton 3.6, W4: a weight, without entries, by kernel, of the middle by whether
+# whole blocks are copied or halves. One token adds some for a slot, the others for each weight what patching takes
+# (patch.py), whatever the number of entries in one round.
+INSTRUCTIONS = {"one": 1.96, "middle": 2.47, "middle, half blocks": 3.9, "decode": 2.6}
 SLOT_INSTRUCTIONS = 17
-PATCH_INSTRUCTIONS = 0.5
+PATCH_INSTRUCTIONS = {"middle": 0.45, "middle, half blocks": 0.6}
 # Of the cycles in which a scheduler could issue, those in which it does: by Nsight Compute on an H200, 2026-11-27, one
 # token, and 16 of that day's kernels. Warps wait for each other and for what they asked for; more do not fit.
 ISSUED = {"one": 0.48, "middle": 0.49}
-BLOCK_BITS = 32 / (STRIP * BLOCK)  # a weight: where the entries of a block begin
+PATCH_BITS = 32 / (STRIP * PATCH)  # a weight: where the entries of a patch begin
 FILL = 1.65  # slots an entry, evenly scattered over 4096 columns
 JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (assumed)
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
@@ -117,7 +119,7 @@ class Load:
 
 def bits_a_weight(bits: int, group: int, density: float, one: bool) -> float:
     """What is read of the runtime layout: codes, 16-bit steps, and 32 bits a slot for one token, an entry for more."""
-    return bits + 16 / group + (density * 32 * FILL if one else density * 32 + BLOCK_BITS * (density > 0))
+    return bits + 16 / group + (density * 32 * FILL if one else density * 32 + PATCH_BITS * (density > 0))
 
 
 def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
@@ -130,8 +132,9 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
     one = tile.kernel == "one"
     of_slots = shape.weights * load.density * FILL * SLOT_INSTRUCTIONS
-    for_entries = of_slots if one else shape.weights * PATCH_INSTRUCTIONS * (load.density > 0)
-    instructions = token_tiles * (shape.weights * INSTRUCTIONS[tile.kernel] + for_entries)
+    loop = tile.kernel if tile.span == BLOCK else f"{tile.kernel}, half blocks"
+    for_entries = of_slots if one else shape.weights * PATCH_INSTRUCTIONS[loop] * (load.density > 0)
+    instructions = token_tiles * (shape.weights * INSTRUCTIONS[loop] + for_entries)
     activations = row_tiles * 2 * tokens * shape.columns  # what one token gathers fits into the L1
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * max(8, tile.tokens) * token_tiles * shape.weights

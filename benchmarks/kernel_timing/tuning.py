@@ -38,7 +38,7 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
         for k_warps, stages, waves in product((2, 4), (2, 3, 4), (4, 8, 14)):  # more k_warps where few rows are
             yield Tile("one", 1, 1, 1, stages, waves * processors, k_warps)
         return
-    widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128, 256) if 4 * tokens >= up_to or tokens == 128}
+    widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128, 256) if 8 * tokens >= up_to or tokens == 128}
     ways = {(128, 256), (columns, 256), (128, 128)}  # columns of a product, of a span
     for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8), (2, 3), (1, 2, 3, 4), sorted(ways)):
         if tokens <= 128 or (stages, way) == (2, (128, 128)):  # no more x fits the shared memory
