@@ -32,6 +32,14 @@ def test_shipped_tables_cover_every_layer_from_one_token_on(name):
         assert None in reached
 
 
+def test_codes_of_3_bits_come_by_whole_blocks():
+    """Their sixteenth plane stands in all words of a block."""
+    halves = {**TILE, "kernel": "middle", "up_to": 64, "tokens": 64, "k_warps": 1, "span": 128}
+    table = parse({**TABLE, "tiles": [halves, {**halves, "span": 256}]})
+    spans = {bits: table.largest(64, bits, False).span for bits in (2, 3, 4, 8)}
+    assert spans == {2: 128, 3: 256, 4: 128, 8: 128}
+
+
 @pytest.mark.parametrize(
     ("device", "name"),
     [
@@ -52,6 +60,7 @@ def test_the_device_name_chooses_the_table(device, name):
         ({"up_to": 2}, "up_to 2 and tokens 1 are not 1"),
         ({"kernel": "middle"}, "k_warps must be 1"),
         ({"columns": 64}, "columns 64 is not 128 or 256"),
+        ({"columns": 256, "span": 128}, "span 128 is not 256 or as many as columns, 256"),
         ({"blocks": 3}, "unknown key 'blocks'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
