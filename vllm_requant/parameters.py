@@ -57,7 +57,7 @@ class LayerLoader:
         index: LocalIndex,
         finish: Callable[[QuantizedLayer], None],
     ) -> None:
-        """``finish`` gets the local weight once, as soon as it is whole."""
+        """``finish`` gets the local weight once, as soon as it is whole; what it refuses need not name the layer."""
         self._names, self._scheme, self._form, self._index, self._finish = names, scheme, form, index, finish
         self._arrived: dict[int, dict[str, torch.Tensor]] = {}
         self._parts: list[tuple[torch.Tensor, QuantizedLayer]] = []
@@ -128,7 +128,10 @@ class LayerLoader:
                 whole = kind_of(self._scheme).concat_rows(parts)
             except ValueError as error:
                 raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
-            self._finish(whole)
+            try:
+                self._finish(whole)
+            except CheckpointError as error:
+                raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
             self._parts.clear()
 
 

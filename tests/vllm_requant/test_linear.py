@@ -6,6 +6,7 @@ import pytest
 import torch
 from requant_kernels import reference
 from requant_kernels.dense_sparse import dispatch
+from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.rounding.layer import round_layer
@@ -122,6 +123,15 @@ def test_fused_w8a8_layers_with_different_input_steps_are_refused():
         CheckpointError, match=r"^m\.gate, m\.up: layers that are fused into one must share input_scale"
     ):
         load(layer, stored(64, scheme=W8A8[2]), 1, changed={"input_scale": torch.ones(1).bfloat16()})
+
+
+def test_what_the_kernels_of_a_gpu_refuse_is_named(monkeypatch):
+    """Their layout is made here as it is there."""
+    monkeypatch.setattr(dispatch, "prepare", lambda weight, dtype, device: build_strips(weight))
+    layer = build(ReplicatedLinear, K, 32, dtype=torch.float16)
+    weight = random_weight(SCHEME, (32, K), dtype=torch.float16)
+    with pytest.raises(CheckpointError, match=r"^m\.fc: weight_scale: 200 is too large for the kernels in .*: use bfl"):
+        load(layer, weight, changed={"weight_scale": torch.full_like(weight.scale, 200)})
 
 
 @pytest.mark.parametrize("scheme", W8A8, ids=lambda scheme: str(scheme.activations))

@@ -40,8 +40,8 @@ def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
 
 @triton.jit
 def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
-    """The words of one block; ``ptr`` is int32* [S * KW, 128] at the first of its BITS sets. Nothing is read, and the
-    words are zero, where ``live`` is false; all are where it is None."""
+    """The words of a block, or with half of BITS of half a block; ``ptr`` is int32* [S * KW, 128] at the first of BITS
+    sets. Nothing is read, and the words are zero, where ``live`` is false; all are where it is None."""
     if BITS == 1:
         return (_word(ptr, live, S, KW),)
     elif BITS == 3:
@@ -179,7 +179,7 @@ def _twice(value, dtype):
 def _fma(a, b, c, DT: tl.constexpr, PTX: tl.constexpr):
     """a * b + c of both halves of words: int32 [...], of one shape after broadcasting. Rounded once with PTX.
 
-    PTX, because of the same in Triton compilers make products of one half each, and then put the halves together."""
+    With PTX, because of the same in Triton Triton 3.9 makes products of single halves, and then puts them together."""
     if PTX:
         FMA: tl.constexpr = "fma.rn.f16x2" if tl.float16 == DT else "fma.rn.bf16x2"
         return tl.inline_asm_elementwise(FMA + " $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1)
