@@ -40,7 +40,9 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
         return
     widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128, 256) if 8 * tokens >= up_to or tokens == 128}
     ways = {(128, 256), (columns, 256), (128, 128)}  # columns of a product, of a span
-    for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8), (2, 3), (1, 2, 3, 4), sorted(ways)):
+    for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8, 16), (2, 3), (1, 2, 3, 4), sorted(ways)):
+        if strips == 16 and (tokens, way) != (128, (128, 128)):
+            continue  # two stacks, worth it where x is most of what is read
         if tokens <= 128 or (stages, way) == (2, (128, 128)):  # no more x fits the shared memory
             yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, 1, *way)
 

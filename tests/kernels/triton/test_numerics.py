@@ -69,6 +69,10 @@ GRID = {
     ),
     "middle, half blocks, W8 g64 float16": Case(33, 20, 320, 8, 64, tile=HALVES, dtype=torch.float16),
     "middle, half blocks, W4 per row": Case(20, 40, 300, 4, tile=HALVES),
+    "middle, two stacks, split": Case(
+        140, 150, 384, 4, 64, symmetric=False, tile=replace(HALVES, tokens=128, strips=16, programs=SPLIT)
+    ),
+    "middle, one stack where rows are few": Case(20, 300, 384, 2, tile=replace(HALVES, strips=16)),
     "middle, half blocks, 256 tokens": Case(200, 40, 384, 4, 128, tile=replace(HALVES, tokens=256)),
     "middle dense only": Case(30, 20, 64, 4, sparse="none", bias=False, tile=MIDDLE),
     "middle one token": Case(1, 20, 64, 4, 32, tile=MIDDLE),

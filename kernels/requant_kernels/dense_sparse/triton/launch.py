@@ -14,7 +14,7 @@ from requant_kernels.dense_sparse.triton.many import decode_kernel
 from requant_kernels.dense_sparse.triton.middle import middle_kernel
 from requant_kernels.dense_sparse.triton.one import one_kernel
 from requant_kernels.dense_sparse.triton.strips import BLOCK
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out, widened
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, narrowed, shared_out, widened
 from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
@@ -121,6 +121,7 @@ def _row_tiles(layer: Layer, tile: Tile, experts: int) -> int:
 
 def fitted(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Tile:
     """How the table's tile runs on a layer, or on ``experts`` that are stacked to one."""
+    tile = narrowed(tile, layer.strips // experts) if tile.kernel == "middle" else tile
     return widened(tile, _row_tiles(layer, tile, experts) * token_tiles, layer.blocks)
 
 
@@ -128,7 +129,8 @@ def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Gri
     """Of a layer, or of ``experts`` that are stacked to one."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
-    splits = column_splits(-(-layer.blocks // tile.k_warps), tiles, tile.programs) if tiles <= layer.counters else 1
+    counted = tiles * (tile.strips // tile.beside) <= layer.counters
+    splits = column_splits(-(-layer.blocks // tile.k_warps), tiles, tile.programs) if counted else 1
     return token_tiles, row_tiles, splits
 
 
@@ -175,7 +177,7 @@ def _arrays(call: Call, sums: Sums) -> list[torch.Tensor]:
 def _constants(call: Call, tile: Tile, sums: Sums) -> dict[str, Any]:
     """What both matrix kernels are compiled for."""
     routing = call.routing
-    constants = {"SPLIT": sums.split, "BIAS": call.bias is not None and sums.split != LATER, "S": tile.strips}
+    constants = {"SPLIT": sums.split, "BIAS": call.bias is not None and sums.split != LATER, "S": tile.beside}
     constants |= {"TOP": routing.top if routing else 0, "EVEN": call.layer.in_features % (BLOCK * tile.k_warps) == 0}
     return constants | {"num_warps": tile.warps, "num_stages": tile.stages, **call.constants}
 
@@ -231,6 +233,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         TOKENS=tile.tokens,
         COLUMNS=tile.columns,
         SPAN=tile.span,
+        STACK=tile.strips // tile.beside,
         **call.patched,
         **_constants(call, tile, sums),
         **options,

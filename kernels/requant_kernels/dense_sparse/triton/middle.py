@@ -27,26 +27,28 @@ def middle_kernel(
     experts_ptr, M, N, K, blocks, width, scale_step,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    S: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
+    S: tl.constexpr, STACK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / S, splits of the columns); of
-    routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, strips / S of one expert, splits). S warps.
+    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / (S * STACK), splits of the
+    columns), S warps; of routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, .. of one expert, ..).
 
-    Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile.
+    Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile, of
+    which a program has STACK, one below the other, so that x is read once for all of them.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256.
     SPAN columns, a block or half of one (not of 3 bits), are copied and decoded at a time, and a product takes COLUMNS
-    of them, 128 or 256. Of wgmma the second of two begins after the first has ended; beside one that is alone weights
-    are decoded, those that it takes and those of the next span.
+    of them, 128 or 256. Of wgmma the second of two in the same sums begins after the first has ended; beside one that
+    is alone weights are decoded, those that it takes and those of the next one.
     """
     tl.static_assert(SPAN == 256 or BITS != 3)
+    tl.static_assert(STACK == 1 or (SPAN == COLUMNS and KIND != CODEBOOK))
     if PDL:
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = 16 * S
-    LATE: tl.constexpr = TOKENS > 128  # so many sums leave no registers for steps and entries of the next span
+    LATE: tl.constexpr = TOKENS * STACK > 128  # so many sums leave no registers for steps and entries of the next span
     SPANS: tl.constexpr = 256 // SPAN  # of a block
     PATCHES: tl.constexpr = SPAN // PATCH
-    first = tl.program_id(1) * S
+    first = tl.program_id(1) * (S * STACK)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -61,7 +63,7 @@ def middle_kernel(
             return
         m = tl.load(pairs_ptr + place)
         from_m = tl.minimum(m, M - 1) // TOP
-        first += expert * tl.num_programs(1) * S
+        first += expert * tl.num_programs(1) * (S * STACK)
 
     share = tl.cdiv(blocks, splits)
     lo = split * share * SPANS
@@ -75,65 +77,88 @@ def middle_kernel(
         levels = load_levels(steps_at, width, BITS, S)
     elif not LATE:
         steps = load_steps(steps_at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+    words_below = S * blocks.to(tl.int64) * (BITS * 128)
+    starts_below = S * blocks * 2
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
         lanes = tl.zeros((32 * S,), tl.int32)
     if ROUNDS and PTX:
         reserve(S)
-        located = locate(starts_at, PATCHES * lo, lanes + lo < hi, PATCHES)
+        located = ()
+        for h in tl.static_range(STACK):
+            located = located + (  # noqa: RUF005 (triton knows no *)
+                locate(starts_at + h * starts_below, PATCHES * lo, lanes + lo < hi, PATCHES),
+            )
     if ROUNDS and PTX and not LATE:
-        fetched = fetch(entries_ptr, located, ROUNDS)
-        located = locate(starts_at, PATCHES * (lo + 1), lanes + (lo + 1) < hi, PATCHES)
+        fetched = fetch(entries_ptr, located[0], ROUNDS)
+        located = (locate(starts_at, PATCHES * (lo + 1), lanes + (lo + 1) < hi, PATCHES),)
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
         ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     x_at = x_ptr + from_m[:, None] * K
-    acc = tl.zeros((R, TOKENS), tl.float32)
+    acc = ()
+    for _ in tl.static_range(STACK):
+        acc = acc + (tl.zeros((R, TOKENS), tl.float32),)  # noqa: RUF005
     for span in range(lo, hi):
-        words = load_words(words_at + span * (BITS * SPAN // 2), None, BITS // SPANS, S, 1)
-        now = ()
-        if KIND != CODEBOOK and LATE:
-            now = load_steps(steps_at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
-        elif KIND != CODEBOOK:
-            now = steps
-            steps = load_steps(steps_at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
-        if ROUNDS and PTX and LATE:
-            entries = fetch(entries_ptr, located, ROUNDS)
-            located = locate(starts_at, PATCHES * (span + 1), lanes + (span + 1) < hi, PATCHES)
-        elif ROUNDS and PTX:
-            entries = fetched
-            fetched = fetch(entries_ptr, located, ROUNDS)
-            located = locate(starts_at, PATCHES * (span + 2), lanes + (span + 2) < hi, PATCHES)
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
                 x = tl.load(x_at + k[None, :])
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
-            pairs = ()
-            places = ()
-            for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
-                if PTX:
-                    if patch > start // PATCH:
-                        clear(places, entries[patch - 1], ROUNDS)
-                    places = put(entries[patch], ROUNDS)
-                    pairs = pairs + read(words[0], S, 1)
-                else:
-                    pairs = pairs + compared(
-                        entries_ptr, locate(starts_at, PATCHES * span + patch, lanes == 0, 1), S, 1
-                    )
-            w = weights(
-                words, levels, steps_of(now, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1, BITS,
-                GROUP, KIND, DT, False, PTX,
-            )  # fmt: skip
-            acc = tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc)
-            if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
-                clear(places, entries[(start + COLUMNS) // PATCH - 1], ROUNDS)
+            sums = ()
+            further = ()
+            for h in tl.static_range(STACK):
+                if start == 0:
+                    at = words_at + h * words_below + span * (BITS * SPAN // 2)
+                    words = load_words(at, None, BITS // SPANS, S, 1)
+                    now = ()
+                    if KIND != CODEBOOK and LATE:
+                        at = steps_at + h * R
+                        now = load_steps(at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+                    elif KIND != CODEBOOK:
+                        now = steps
+                        steps = load_steps(
+                            steps_at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN
+                        )
+                    if ROUNDS and PTX:
+                        if LATE:
+                            entries = fetch(entries_ptr, located[h], ROUNDS)
+                        else:
+                            entries = fetched
+                            fetched = fetch(entries_ptr, located[h], ROUNDS)
+                        after = span + (1 if LATE else 2)
+                        at = starts_at + h * starts_below
+                        further = further + (  # noqa: RUF005
+                            locate(at, PATCHES * after, lanes + after < hi, PATCHES),
+                        )
+                pairs = ()
+                places = ()
+                for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
+                    if PTX:
+                        if patch > start // PATCH:
+                            clear(places, entries[patch - 1], ROUNDS)
+                        places = put(entries[patch], ROUNDS)
+                        pairs = pairs + read(words[0], S, 1)
+                    else:
+                        at = starts_at + h * starts_below
+                        pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, lanes == 0, 1), S, 1)
+                w = weights(
+                    words, levels, steps_of(now, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1,
+                    BITS, GROUP, KIND, DT, False, PTX,
+                )  # fmt: skip
+                sums = sums + (tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc[h]),)  # noqa: RUF005
+                if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
+                    clear(places, entries[(start + COLUMNS) // PATCH - 1], ROUNDS)
+            acc = sums
+            if ROUNDS and PTX and start == 0:
+                located = further
 
-    number = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    finish(
-        acc, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n, M, N, split, splits, number,
-        tl.num_programs(0) * tl.num_programs(1), SPLIT, BIAS, DT,
-    )  # fmt: skip
+    number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * STACK
+    for h in tl.static_range(STACK):
+        finish(
+            acc[h], out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n + h * R, M, N, split, splits, number + h,
+            tl.num_programs(0) * tl.num_programs(1) * STACK, SPLIT, BIAS, DT,
+        )  # fmt: skip

@@ -23,7 +23,7 @@ from requant_kernels.weight import DenseSparseWeight
 STRIP = 16
 BLOCK = 256
 SET = 128
-ROW_ALIGNMENT = 128  # the largest tile of rows
+ROW_ALIGNMENT = 128  # the largest tile of rows, but for two stacks of it
 SPARE_BLOCKS = 16  # kernels may copy, never use, as many blocks behind the last one
 ROWS_AT_ONCE = 1024  # bounds the memory of a conversion
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
-MOST_WARPS = 8  # of a program that splits the columns among them
+MOST_WARPS = 8  # of a program
 BLOCKS_A_WARP = 8  # of columns that a group of warps decodes
 SLICE = 128  # rows: what a program of a vendor's product takes, and layers are padded to
 
@@ -26,10 +26,10 @@ def evenly(pairs: int, experts: int) -> int:
 class Tile:
     """How a matrix kernel runs up to ``up_to`` tokens: a program takes 16 * ``strips`` rows and ``tokens`` tokens.
 
-    A warp has a strip; with one token (kernel "one") each of ``k_warps`` groups of warps has some of the columns, at
-    least so many groups, as ``widened`` says. Columns are split further until about ``programs`` programs run.
-    Kernel "middle": a program copies and decodes ``span`` columns at a time, of which a product takes ``columns``; 128
-    or 256 each. ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
+    A warp has a strip, or, of 16, two; with one token (kernel "one") each of ``k_warps`` groups of warps has some of
+    the columns, at least so many groups, as ``widened`` says. Columns are split further until about ``programs``
+    programs run. Kernel "middle": a program copies and decodes ``span`` columns at a time, of which a product takes
+    ``columns``; 128 or 256 each. ``bits`` and ``codebook`` narrow the rule to some layers; None matches all.
     """
 
     kernel: str
@@ -60,7 +60,12 @@ class Tile:
     def warps(self) -> int:
         # No fewer with one token: wrong sums, Triton 3.6 and 3.9, whose warps lose all but the first of their batches
         # (test_compiled.py). No more with several: a warp patches one strip (patch.py).
-        return self.strips * self.k_warps
+        return self.beside * self.k_warps
+
+    @property
+    def beside(self) -> int:
+        """Strips that a program takes side by side, each by a warp or group of warps; twice as many are two stacks."""
+        return min(self.strips, MOST_WARPS)
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
@@ -91,6 +96,12 @@ class Decode:
         """Of a layer [rows, columns], how many rows are decoded at a time: as many as fit, but at least SLICE."""
         fit = self.workspace_mib * 2**20 // (2 * columns)
         return max(SLICE, min(fit, rows) // SLICE * SLICE)
+
+
+@cache
+def narrowed(tile: Tile, strips: int) -> Tile:
+    """The tile on layers, or experts, of ``strips`` strips, a multiple of 8: it takes no rows of two of them."""
+    return tile if strips % tile.strips == 0 else replace(tile, strips=tile.beside)
 
 
 @cache

@@ -30,7 +30,7 @@ from requant_kernels.dense_sparse.triton.routing import (
     align_kernel,
     combine_kernel,
 )
-from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out, tables, widened
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, narrowed, shared_out, tables, widened
 
 TARGETS = {"h200": ("90",), "a100": ("80",), "mi300": ("gfx942",), "default": ("80", "89", "90", "100")}
 ACTIVATIONS = ("x_ptr", "bias_ptr", "out_ptr", "w_ptr", "h_ptr", "y_ptr")
@@ -98,6 +98,7 @@ def _variant(  # noqa: PLR0917
     if kernel is middle_kernel:
         assert tile
         constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span}
+        constants |= {"S": tile.beside, "STACK": tile.strips // tile.beside}
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
@@ -142,8 +143,8 @@ def _every() -> Iterator[Variant]:
 
 def _large(hopper: Table) -> Iterator[Variant]:
     """What is near the limit of the registers on Hopper: tiles of more than 32 tokens, several rounds of patches."""
-    sixteen, sixty_four, most, largest = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128, 256))
-    for tile in (most, largest):
+    sixteen, sixty_four, most = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128))
+    for tile in (most, narrowed(most, 8)):
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
         yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", split=HERE)
         yield _variant("h200", tile, 2, 32, ASYMMETRIC, "fp16", crowded=True)
@@ -154,7 +155,7 @@ def _large(hopper: Table) -> Iterator[Variant]:
             yield _variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
     for tokens in (64, 128):
         yield _variant("h200", hopper.largest(tokens, 8, False), 8, 32, ASYMMETRIC, "bf16")
-    for tile, rounds in product((sixteen, sixty_four, most, largest), ROUNDS[:1] + ROUNDS[2:-1]):
+    for tile, rounds in product((sixteen, sixty_four, most), ROUNDS[:1] + ROUNDS[2:-1]):
         yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
 
 
@@ -195,13 +196,13 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
     yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
-    for tokens in (32, 64, 128, 256):
+    for tokens in (32, 64, 128):
         low = hopper.tile(tokens, 4, False)
         assert low
         yield _variant("h200", low, 4, 128, SYMMETRIC, "bf16", sparse=False)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
-        for tokens in (1, 8, 16, 32, 64, 128, 256):
+        for tokens in (1, 8, 16, 32, 64, 1024):
             found = tables()[name].tile(tokens, 4, False)
             if found and found.up_to == tokens:
                 yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
