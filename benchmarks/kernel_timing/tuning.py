@@ -24,7 +24,7 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 16, 32, 64, 128, 256, 384, 512, 1024)  # tokens up to which a tile may serve
+ENDS = (1, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
 GROUP, DENSITY = 128, 0.005
 BITS = (2, 3, 4, 8)
 WORKSPACES = (32, 64, 128, 256)  # MiB

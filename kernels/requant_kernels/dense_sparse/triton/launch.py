@@ -129,7 +129,7 @@ def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Gri
     """Of a layer, or of ``experts`` that are stacked to one."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
-    counted = tiles * (tile.strips // tile.beside) <= layer.counters
+    counted = tiles * tile.stacks <= layer.counters
     splits = column_splits(-(-layer.blocks // tile.k_warps), tiles, tile.programs) if counted else 1
     return token_tiles, row_tiles, splits
 
@@ -233,7 +233,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         TOKENS=tile.tokens,
         COLUMNS=tile.columns,
         SPAN=tile.span,
-        STACK=tile.strips // tile.beside,
+        STACK=tile.stacks,
         **call.patched,
         **_constants(call, tile, sums),
         **options,

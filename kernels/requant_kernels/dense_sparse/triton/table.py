@@ -59,13 +59,18 @@ class Tile:
     @property
     def warps(self) -> int:
         # No fewer with one token: wrong sums, Triton 3.6 and 3.9, whose warps lose all but the first of their batches
-        # (test_compiled.py). No more with several: a warp patches one strip (patch.py).
+        # (test_compiled.py). No more with several: a warp patches one strip at a time (patch.py).
         return self.beside * self.k_warps
 
     @property
     def beside(self) -> int:
-        """Strips that a program takes side by side, each by a warp or group of warps; twice as many are two stacks."""
+        """Strips that a program takes side by side, each by a warp or group of warps."""
         return min(self.strips, MOST_WARPS)
+
+    @property
+    def stacks(self) -> int:
+        """How often so many, one below the other."""
+        return self.strips // self.beside
 
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (

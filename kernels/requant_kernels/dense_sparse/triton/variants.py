@@ -80,8 +80,9 @@ def _variant(  # noqa: PLR0917
     rounds: int = 0,
 ) -> Variant:
     """top: of routed experts, how many a token has; rounds: of patches, the usual number where it is 0."""
-    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "S": rule.strips, "PTX": table != "mi300"}
+    constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "PTX": table != "mi300"}
     tile = rule if isinstance(rule, Tile) else None
+    constants["S"] = tile.beside if tile else rule.strips
     kernel, label = decode_kernel, "decode"
     if tile:
         kernel, label = (one_kernel, "one") if tile.kernel == "one" else (middle_kernel, f"middle m{tile.tokens}")
@@ -92,13 +93,10 @@ def _variant(  # noqa: PLR0917
         steps = (MOST_STEPS if crowded else 1) if sparse else 0
         constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
     else:
-        constants |= {
-            "ROUNDS": (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0,
-        }
+        constants["ROUNDS"] = (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0
     if kernel is middle_kernel:
         assert tile
-        constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span}
-        constants |= {"S": tile.beside, "STACK": tile.strips // tile.beside}
+        constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span, "STACK": tile.stacks}
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
@@ -167,10 +165,7 @@ def _cover() -> Iterator[Variant]:
             used = (bits for bits in (4, 8, 3, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
             yield _variant(name, tile, next(used), group, kind, "bf16")
     hopper = tables()["h200"]
-    one, sixteen, sixty_four = (hopper.tile(tokens, 4, False) for tokens in (1, 16, 64))
-    assert one
-    assert sixteen
-    assert sixty_four
+    one, sixteen, sixty_four = (hopper.largest(tokens, 4, False) for tokens in (1, 16, 64))
     for bits, group, kind in (
         (2, 128, SYMMETRIC),
         (3, 128, SYMMETRIC),
@@ -178,9 +173,7 @@ def _cover() -> Iterator[Variant]:
         (4, 256, CODEBOOK),
         (8, 64, SYMMETRIC),
     ):
-        first = hopper.tile(1, bits, kind == CODEBOOK)
-        assert first
-        yield _variant("h200", first, bits, group, kind, "bf16")
+        yield _variant("h200", hopper.largest(1, bits, kind == CODEBOOK), bits, group, kind, "bf16")
         yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
         yield _variant("h200", shared_out(hopper.decode, 16), bits, group, kind, "bf16")
     yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
@@ -197,9 +190,7 @@ def _cover() -> Iterator[Variant]:
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
     yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
     for tokens in (32, 64, 128):
-        low = hopper.tile(tokens, 4, False)
-        assert low
-        yield _variant("h200", low, 4, 128, SYMMETRIC, "bf16", sparse=False)
+        yield _variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
     yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
         for tokens in (1, 8, 16, 32, 64, 1024):
