@@ -27,12 +27,15 @@ from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Ex
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
-# Of the loops on sm_90 (`make aot`), triton 3.6, W4: a weight, without entries, by kernel, of the middle by whether
-# whole blocks are copied or halves. One token adds some for a slot, the others for each weight what patching takes
-# (patch.py), whatever the number of entries in one round.
-INSTRUCTIONS = {"one": 2.05, "middle": 2.47, "middle, half blocks": 3.9, "decode": 2.6}
-SLOT_INSTRUCTIONS = 17
-PATCH_INSTRUCTIONS = {"middle": 0.45, "middle, half blocks": 0.6}
+# Of the loops on sm_90 (`make aot`), triton 3.6: a weight, without entries, by kernel and, with one token, by bits; of
+# the middle, W4, by whether whole blocks are copied or halves. One token adds some for a slot, the others for each
+# weight what patching takes (patch.py), whatever the number of entries in one round.
+INSTRUCTIONS = {"middle": 2.47, "middle, half blocks": 3.66, "decode": 2.6}
+ONE_INSTRUCTIONS = {2: 1.24, 3: 1.34, 4: 1.22, 8: 1.10}
+SLOT_INSTRUCTIONS = 14
+PATCH_INSTRUCTIONS = {"middle": 0.39, "middle, half blocks": 0.5}
+# What a warp has before and behind its loop with one token, codes and entries.
+BESIDE_THE_LOOP, BESIDE_THE_LOOP_OF_ENTRIES = 175, 80
 # Of the cycles in which a scheduler could issue, those in which it does: by Nsight Compute on an H200, 2026-11-27, one
 # token, and 16 of that day's kernels. Warps wait for each other and for what they asked for; more do not fit.
 ISSUED = {"one": 0.48, "middle": 0.49}
@@ -132,9 +135,13 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     splits = max(1, min(wanted, -(-blocks // tile.k_warps), 16))
     one = tile.kernel == "one"
     of_slots = shape.weights * load.density * FILL * SLOT_INSTRUCTIONS
-    loop = tile.kernel if tile.span == BLOCK else f"{tile.kernel}, half blocks"
-    for_entries = of_slots if one else shape.weights * PATCH_INSTRUCTIONS[loop] * (load.density > 0)
-    instructions = token_tiles * (shape.weights * INSTRUCTIONS[loop] + for_entries)
+    if one:
+        beside = BESIDE_THE_LOOP + BESIDE_THE_LOOP_OF_ENTRIES * (load.density > 0)
+        instructions = shape.weights * ONE_INSTRUCTIONS[load.bits] + of_slots + row_tiles * splits * tile.warps * 32 * beside
+    else:
+        loop = "middle" if tile.span == BLOCK else "middle, half blocks"
+        each = INSTRUCTIONS[loop] + PATCH_INSTRUCTIONS[loop] * (load.density > 0)
+        instructions = token_tiles * shape.weights * each
     activations = row_tiles * 2 * tokens * shape.columns  # what one token gathers fits into the L1
     shares = 8 * splits * tokens * shape.rows if splits > 1 else 0
     flops = 2 * max(8, tile.tokens) * token_tiles * shape.weights

@@ -118,9 +118,9 @@ COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
 """setp's; of floats these are the ordered ones, but ``ne``, which no kernel of ours uses on floats."""
 
 
-def arithmetic(name: str, kind: str) -> Callable[..., Array]:
-    """raw registers -> raw register."""
-    function = ARITHMETIC[name]
+def arithmetic(name: str, kind: str, nan: bool = False) -> Callable[..., Array]:
+    """raw registers -> raw register. nan: min and max of NaN and a number are NaN, else the number."""
+    function = (np.maximum if name == "max" else np.minimum) if nan else ARITHMETIC[name]
     if kind == "bf16":
         return lambda *raw: to_bf16(function(*(from_bf16(typed(a, "u16")) for a in raw)))
     if kind == "bf16x2":
@@ -160,6 +160,15 @@ def bit_field(kind: str) -> Callable[..., Array]:
         return field.astype(np.uint32)
 
     return extract
+
+
+def logic(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """lop3.b32: bit i of the table is the result where bits of a, b and c are those of i, a's the highest."""
+    result = np.zeros_like(a)
+    for i in range(8):
+        if int(table[0]) >> i & 1:
+            result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return result
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from tests.emulator.lanes import LANES, Array, from_bf16
 
 GROUP, QUAD = LANES // 4, LANES % 4
-ITEMS = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "s8": np.uint8}
+ITEMS = {"bf16": np.uint16, "f16": np.uint16, "tf32": np.uint32, "s8": np.uint8, "u8": np.uint8}
 
 
 def numbers(items: Array, kind: str) -> Array:
@@ -20,7 +20,7 @@ def numbers(items: Array, kind: str) -> Array:
         return items.view(np.float16).astype(np.float64)
     if kind == "tf32":
         return (items & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
-    return items.view(np.int8).astype(np.int64)
+    return (items if kind == "u8" else items.view(np.int8)).astype(np.int64)
 
 
 def elements(register: Array, kind: str) -> Array:

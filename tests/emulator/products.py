@@ -16,13 +16,13 @@ def multiply(registers: Registers, instruction: Instruction) -> Step:
     """mma.sync: a warp's 16 rows by 8 columns."""
     if instruction.parts[4:6] != ("row", "col"):
         raise NotImplementedError(instruction.text)
-    kind, integer = instruction.parts[-3], instruction.parts[-1] == "s32"
+    *_, kind_a, kind_b, of_sums = instruction.parts
     to, a, b, c = (registers.vector(operand) for operand in instruction.operands)
 
     def step(warp: Warp) -> None:
-        left = matrix.a_matrix([warp.registers[slot] for slot in a], kind)
-        right = matrix.b_matrix([warp.registers[slot] for slot in b], kind)
-        total = left @ right + matrix.c_matrix([warp.registers[slot] for slot in c], integer)
+        left = matrix.a_matrix([warp.registers[slot] for slot in a], kind_a)
+        right = matrix.b_matrix([warp.registers[slot] for slot in b], kind_b)
+        total = left @ right + matrix.c_matrix([warp.registers[slot] for slot in c], of_sums == "s32")
         for slot, register in zip(to, matrix.c_registers(total), strict=True):
             warp.registers[slot] = register
 

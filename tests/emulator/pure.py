@@ -11,7 +11,7 @@ from tests.emulator.registers import Registers, Warp
 
 Step = Callable[[Warp], None]
 # "approx" and "full" of a GPU are off by a bit or two of what is computed here
-MODIFIERS = {"rn", "rzi", "lo", "hi", "wide", "relu", "approx", "full", *lanes.COMPARISONS, *lanes.KINDS}
+MODIFIERS = {"NaN", "rn", "rzi", "lo", "hi", "wide", "relu", "approx", "full", *lanes.COMPARISONS, *lanes.KINDS}
 
 
 def size_of(kind: str) -> int:
@@ -43,6 +43,7 @@ def _function(parts: tuple[str, ...]) -> Callable[..., Array]:
         "setp": lambda: _compare(rest[0], kind),
         "selp": lambda: _select(kind),
         "prmt": lambda: lanes.permute,
+        "lop3": lambda: lanes.logic,
         "bfe": lambda: lanes.bit_field(kind),
         "popc": lambda: lambda a: np.bitwise_count(typed(a, kind)).astype(np.uint32),
     }
@@ -52,7 +53,7 @@ def _function(parts: tuple[str, ...]) -> Callable[..., Array]:
         return lanes.wide(name, kind)
     if "hi" in rest:
         return lanes.high(kind)
-    function = lanes.arithmetic(name, kind)
+    function = lanes.arithmetic(name, kind, "NaN" in rest)
     return _at_least_zero(function, kind) if "relu" in rest else function
 
 

@@ -5,7 +5,6 @@ Runs in an interpreter process without a GPU (conftest.py) or on a device, in th
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 from requant_kernels import reference
 from requant_kernels.dense_sparse.interface import LayerConfig
@@ -41,7 +40,6 @@ class Case:
     sparse: float | str = 0.02
     bias: bool = True
     tile: Tile | None = FEW  # None: decode and multiply
-    fours: bool | None = None  # whether columns are ordered for a Triton that hands them out in fours; None: as it is
 
     @property
     def table(self) -> Table:
@@ -85,10 +83,7 @@ def run(case: Case, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, to
     implementation = Triton(case.table)
     prepared = implementation.prepare(weight, LayerConfig.of(weight, case.dtype, torch.device(device)))
     arguments = (None if bias is None else bias.to(device), case.rows, list(prepared.meta))
-    with pytest.MonkeyPatch.context() as patch:
-        if case.fours is not None:
-            patch.setattr("requant_kernels.dense_sparse.triton.launch.QUADS", case.fours)
-        y = implementation.apply(x.to(device), list(prepared.tensors.values()), *arguments).cpu()
+    y = implementation.apply(x.to(device), list(prepared.tensors.values()), *arguments).cpu()
     assert not prepared.tensors["arrived"].any(), "the count of shares is not back at zero"
     dense = reference.dequantize(weight).double()
     shift = torch.zeros(case.rows).double() if bias is None else bias.double()

@@ -13,6 +13,7 @@ from requant_kernels.dense_sparse.interface import LayerConfig
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
 from requant_kernels.dense_sparse.triton.variants import TARGETS
+from requant_kernels.weight import DenseSparseWeight
 
 from tests.emulator.driver import emulated
 from tests.kernels.triton.cases import ONE, Case, check, run, weight_of
@@ -50,7 +51,11 @@ GRID = {
     "8 tokens, uneven rows": Shipped(8, ROWS, COLUMNS, 4, 128, sparse="uneven"),
     "16 tokens, W3 asymmetric, uneven rows": Shipped(16, ROWS, COLUMNS, 3, 64, symmetric=False, sparse="uneven"),
     "16 tokens, dense only": Shipped(16, ROWS, COLUMNS, 4, 128, sparse="none"),
-    "one token, in fours, wide": Shipped(1, 40, 2048, 4, 128, fours=True),
+    "one token, wide": Shipped(1, 40, 2048, 4, 128),
+    "one token, W8 asymmetric": Shipped(1, ROWS, 512, 8, 64, symmetric=False),
+    "one token, W3 g128, float16": Shipped(1, ROWS, 1024, 3, 128, dtype=torch.float16, sparse=0.001),
+    "one token, groups of 16, sm_80": Shipped(1, 40, 496, 4, 32, symmetric=False, cut=16, gpu="a100"),
+    "one token, columns in odd number": Shipped(1, 40, 301, 2, sparse=0.01),
     "6 tokens": Shipped(6, ROWS, 512, 4, 128),
     "16 tokens, W3 asymmetric": Shipped(16, ROWS, 512, 3, 64, symmetric=False),
     "60 tokens, W2 asymmetric, uneven rows": Shipped(60, ROWS, COLUMNS, 2, 32, symmetric=False, sparse="uneven"),
@@ -95,12 +100,41 @@ def test_a_layer_waits_for_the_one_before(tokens):
     assert (y - z).double().norm() <= 0.01 * z.double().norm()
 
 
+def one_token(x: torch.Tensor, weight: DenseSparseWeight) -> torch.Tensor:
+    implementation = Triton(tables()["h200"])
+    prepared = implementation.prepare(weight, LayerConfig.of(weight, x.dtype, torch.device("cpu")))
+    with emulated(90):
+        return implementation.apply(x, list(prepared.tensors.values()), None, weight.out_features, list(prepared.meta))
+
+
+def test_one_tokens_digits_leave_small_x_beside_large_ones():
+    """x in fixed point keeps 23 bits below the largest of its block, whose weights are zero here."""
+    weight = weight_of(Case(1, 32, 512, 4, 128, sparse="none"))
+    x = torch.randn(1, 512)
+    assert weight.scale is not None
+    large = replace(weight, scale=weight.scale.clone())
+    large.scale[:, 0] = 0
+    x[:, 5] = 2.0**12
+    x[:, :128] = torch.where(torch.arange(128) == 5, x[:, :128], 0)
+    x = x.to(torch.bfloat16)
+    expected = x.double() @ reference.dequantize(large).double().T
+    assert (one_token(x, large) - expected).norm() <= 2**-8 * expected.norm()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_tokens_x_that_is_not_finite_is_seen(value, dtype):
+    x = torch.ones(1, 512, dtype=dtype)
+    x[:, 300] = value
+    assert one_token(x, weight_of(Case(1, 16, 512, 4, 128, dtype=dtype))).isnan().all()
+
+
 def test_it_sees_what_went_wrong_on_an_h200(monkeypatch):
     """Batches of a product beyond the number of warps are lost, with one token: so a tile has as many warps. When
     Triton computes the sums, this fails."""
-    tile = replace(ONE, strips=2)
+    case = Case(1, 128, 1024, 4, codebook=True, sparse="none", tile=ONE)
     with emulated(90):
-        check(Case(1, 128, 1024, 4, 128, tile=tile))
-    monkeypatch.setattr(Tile, "warps", 4)
+        check(case)
+    monkeypatch.setattr(Tile, "warps", 2)
     with emulated(90), pytest.raises(AssertionError, match="off by"):
-        check(Case(1, 128, 1024, 4, 128, tile=tile))
+        check(case)

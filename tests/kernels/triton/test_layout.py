@@ -8,7 +8,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from requant_kernels.dense_sparse.triton.layer import build
 from requant_kernels.dense_sparse.triton.lists import CHUNK, LONGEST, SEGMENT, SHORT, build_lists
-from requant_kernels.dense_sparse.triton.patches import AHEAD, LANES, PATCH, ROUNDS, Patches, build_patches
+from requant_kernels.dense_sparse.triton.patches import (
+    AHEAD,
+    LANES,
+    PATCH,
+    ROUNDS,
+    SPARE_PATCHES,
+    Patches,
+    build_patches,
+)
 from requant_kernels.dense_sparse.triton.slots import (
     DEEPEST,
     SHALLOW,
@@ -38,11 +46,13 @@ def code_at(words: torch.Tensor, bits: int, row: int, column: int) -> int:
     plane, inside = divmod(column % BLOCK, 16)
     kh, t, half = inside // 8, inside // 2 % 4, inside % 2
     word = 16 * (row % STRIP % 8) + 4 * t + 2 * kh + row % STRIP // 8
-    halves = [(int(chosen) >> (16 * half)) & 0xFFFF for chosen in block[:, word]]
-    per_half = 16 // bits
-    if bits == 3 and plane == 15:
-        return sum((value >> 15) << bit for bit, value in enumerate(halves))
-    return (halves[plane // per_half] >> (plane % per_half * bits)) & ((1 << bits) - 1)
+    upper, unit = plane // 2 % 2, plane // 4 * 2 + plane % 2
+    bytes_ = [int(chosen) >> (16 * half + 8 * upper) & 0xFF for chosen in block[:, word]]
+    if bits == 3 and unit >= 6:
+        return (bytes_[unit - 6] & 3) << 1 | (bytes_[2] >> (7 - unit) & 1)
+    if bits == 3:
+        return bytes_[unit // 2] >> (2 if unit % 2 else 5) & 7
+    return (bytes_[unit * bits // 8] >> (unit * bits % 8)) & ((1 << bits) - 1)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -162,7 +172,7 @@ def in_slots(slots: Slots, shape: tuple[int, int], dtype: torch.dtype) -> torch.
         for step, lane in (steps_of(slots, strip) != 0).nonzero().tolist():
             word = int(steps_of(slots, strip)[step, lane])
             bits = torch.tensor(word >> 16, dtype=torch.int16)
-            read[strip * STRIP + slots.owners[strip, lane], word & 0xFFFF] += bits.view(dtype)
+            read[strip * STRIP + slots.owners[strip, lane] % STRIP, word & 0xFFFF] += bits.view(dtype)
     return read[: shape[0]]
 
 
@@ -188,7 +198,7 @@ def test_slots_and_the_rest_hold_every_entry_once(part):
 
 def in_patches(patches: Patches, blocks: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """The patches read back, by loops: each patch as words of two weights, in the order of a strip's codes."""
-    count, across = len(patches.starts) - 1, blocks * (BLOCK // PATCH)
+    count, across = len(patches.starts) - 1 - SPARE_PATCHES, blocks * (BLOCK // PATCH)
     read = torch.zeros(count // across * STRIP, blocks * BLOCK, dtype=dtype)
     for at in range(count):
         words = torch.zeros(8 * 128 * 2, dtype=torch.int16)

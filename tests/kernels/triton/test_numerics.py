@@ -32,11 +32,8 @@ GRID = {
     "one token, row full": Case(1, 40, 1100, 3, sparse="row", tile=replace(ONE, programs=SPLIT)),
     "one token, uneven rows": Case(1, 200, 640, 4, 64, sparse="uneven", tile=ONE),
     "one token, columns beyond 65536": Case(1, 20, 66_000, 4, sparse=0.001, tile=ONE),
-    "one token, in fours": Case(1, 40, 640, 4, 128, fours=True, tile=ONE),
-    "one token, not in fours": Case(1, 40, 640, 4, 128, fours=False, tile=FOUR_STRIPS),
-    "one token, in fours, columns among 8 groups": Case(
-        1, 40, 2048, 2, 32, symmetric=False, fours=True, tile=replace(ONE, programs=8)
-    ),
+    "one token, several strips": Case(1, 40, 640, 4, 128, tile=FOUR_STRIPS),
+    "one token, columns among 8 groups": Case(1, 40, 2048, 2, 32, symmetric=False, tile=replace(ONE, programs=8)),
     "few W4 g128": Case(3, 40, 384, 4, 128),
     "few W2 g32 asymmetric, split": Case(5, 20, 544, 2, 32, symmetric=False, tile=replace(FEW, programs=SPLIT)),
     "few W3 g256 asymmetric": Case(2, 16, 512, 3, 256, symmetric=False),
@@ -114,7 +111,6 @@ def cases(draw: st.DrawFn) -> Case:
         sparse=draw(st.sampled_from((0.0, 0.005, 0.05, 1.0, "none", "one", "row", "uneven"))),
         bias=draw(st.booleans()),
         tile=tile and replace(tile, programs=programs),
-        fours=draw(st.booleans()),
     )
 
 

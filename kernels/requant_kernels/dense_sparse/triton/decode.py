@@ -33,15 +33,19 @@ def load_rows(ptr, stride, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _load(ptr, live):
+    return tl.load(ptr) if live is None else tl.load(ptr, mask=live)
+
+
+@triton.jit
 def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
-    word = tl.load(ptr) if live is None else tl.load(ptr, mask=live, other=0)
-    return tl.reshape(word, (S, KW, 8, 4, 2, 2))
+    return tl.reshape(_load(ptr, live), (S, KW, 8, 4, 2, 2))
 
 
 @triton.jit
 def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
     """The words of a block, or with half of BITS of half a block; ``ptr`` is int32* [S * KW, 128] at the first of BITS
-    sets. Nothing is read, and the words are zero, where ``live`` is false; all are where it is None."""
+    sets. Nothing is read where ``live`` is false, and the words may be any; all are where it is None."""
     if BITS == 1:
         return (_word(ptr, live, S, KW),)
     elif BITS == 3:
@@ -80,25 +84,36 @@ def load_levels(ptr, stride, BITS: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def rows_at(ptr, S: tl.constexpr, KW: tl.constexpr):
+    """ptr, int32* at the program's first row, at the rows of S strips, each KW times: [16 * S * KW]."""
+    e = tl.arange(0, 16 * S * KW)
+    return ptr + e // (16 * KW) * 16 + _row(e)
+
+
+@triton.jit
+def load_steps_at(at, live, stride, COUNT: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """COUNT words of steps, ``stride`` apart, at the rows of ``rows_at``: a tuple of int32 [S, KW, 8, 1, 1, 2], for
+    each thread those of its rows. Nothing is read where ``live`` is false; all are where it is None."""
+    steps = ()
+    for word in tl.static_range(COUNT):
+        steps = steps + (tl.reshape(_load(at + word * stride, live), (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
+    return steps
+
+
+@triton.jit
 def load_steps(
     ptr, span, spans, scale_step, stride, GROUP: tl.constexpr, KIND: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
     SPAN: tl.constexpr,
 ):  # fmt: skip
     """Steps of KW spans from ``span`` on, of ``spans`` of SPAN columns (a block or half of one), as words of
-    ``Strips.scales`` [blocks, .., stride]: a tuple of int32 [S, KW, 8, 1, 1, 2], for each thread those of its rows.
-    ptr int32* at the program's first row."""
+    ``Strips.scales`` [blocks, .., stride]: as ``load_steps_at`` gives them. ptr int32* at the program's first row."""
     WORDS: tl.constexpr = words_of(GROUP, KIND)
     COUNT: tl.constexpr = max(1, WORDS * SPAN // 256)
-    e = tl.arange(0, 16 * S * KW)
-    span = tl.minimum(span + e // 16 % KW, spans - 1)
-    at = ptr + e // (16 * KW) * 16 + _row(e) + span // (256 // SPAN) * scale_step
+    span = tl.minimum(span + tl.arange(0, 16 * S * KW) // 16 % KW, spans - 1)
+    at = rows_at(ptr, S, KW) + span // (256 // SPAN) * scale_step
     if COUNT < WORDS:
         at += span % 2 * (COUNT * stride)
-    words = load_rows(at, stride, COUNT)
-    steps = ()
-    for word in tl.static_range(COUNT):
-        steps = steps + (tl.reshape(words[word], (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
-    return steps
+    return load_steps_at(at, None, stride, COUNT, S, KW)
 
 
 @triton.jit
@@ -117,26 +132,32 @@ def words_of(group, kind):
 
 
 @triton.constexpr_function
-def _shift_of(plane, bits):
-    """By how much a word is shifted for the codes of ``plane``: the first codes of a half do without."""
-    window = 8 // bits * bits
-    return plane % (16 // bits) * bits // window * window
+def _unit_of(plane):
+    """strips.py."""
+    return plane // 4 * 2 + plane % 2
 
 
 @triton.constexpr_function
 def _bit_of(plane, bits):
-    """At which bit of its half a code of ``plane`` is then."""
-    return 0 if bits == 3 and plane == 15 else plane % (16 // bits) * bits - _shift_of(plane, bits)
+    """At which bit of a byte, that halves of words begin or end with, a code of ``plane`` is, or is put."""
+    unit = _unit_of(plane)
+    if bits == 3:
+        return 0 if unit >= 6 else 2 if unit % 2 else 5
+    return unit * bits % 8
 
 
 @triton.jit
 def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr):
     """The two codes of each word that belong to plane PLANE, at bit ``_bit_of`` of its low and high half."""
-    if BITS == 3 and PLANE == 15:  # five codes fill 15 bits of a half; the 16th takes the spare bit of three words
-        return (words[0] >> 15 & 0x00010001) | (words[1] >> 14 & 0x00020002) | (words[2] >> 13 & 0x00040004)
+    SHIFT: tl.constexpr = PLANE // 2 % 2 * 8
+    UNIT: tl.constexpr = _unit_of(PLANE)
+    if BITS == 3 and UNIT >= 6:  # two bits in one word, the last in another
+        upper = words[UNIT - 6] >> (SHIFT - 1) if SHIFT else words[UNIT - 6] << 1
+        return (upper & 0x00060006) | (words[2] >> (SHIFT + 7 - UNIT) & 0x00010001)
     else:
         MASK: tl.constexpr = (((1 << BITS) - 1) << _bit_of(PLANE, BITS)) * 0x00010001
-        return words[PLANE // (16 // BITS)] >> _shift_of(PLANE, BITS) & MASK
+        SET: tl.constexpr = UNIT // 2 if BITS == 3 else UNIT * BITS // 8
+        return words[SET] >> SHIFT & MASK
 
 
 @triton.jit
@@ -237,57 +258,31 @@ def _weights(
 
 @triton.jit
 def _planes(
-    words, levels, steps, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, SCALED: tl.constexpr,
+    words, levels, steps, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order, and
-    their halves before it: weights where they are SCALED, else codes."""
+    their halves before it."""
     if COUNT > 1:
-        e = _planes(words, levels, steps, pairs, FIRST, 2 * STEP, COUNT // 2, SCALED, BITS, GROUP, KIND, DT, PTX)
-        o = _planes(words, levels, steps, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, SCALED, BITS, GROUP, KIND, DT, PTX)
+        e = _planes(words, levels, steps, pairs, FIRST, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX)
+        o = _planes(words, levels, steps, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX)
         return tl.join(e, o)
-    elif SCALED:
+    else:
         return halves(_weights(words, levels, steps, pairs, FIRST, BITS, GROUP, KIND, DT, PTX), DT)
-    else:
-        return halves(_plane(words, levels, steps, FIRST, BITS, GROUP, KIND, DT, PTX), DT)
-
-
-@triton.jit
-def _tile(p, S: tl.constexpr, KW: tl.constexpr, PLANES: tl.constexpr, QUADS: tl.constexpr):
-    """What ``_planes`` gives as [KW, R, 16 * PLANES]. With QUADS a thread's two columns of a plane are next to those of
-    the next one (operand.py)."""
-    if QUADS:
-        # strip, kw, g, t, kh, rh, half, pair, plane of it -> kw, (strip, rh, g), (pair, kh, t, plane of it, half)
-        p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES // 2, 2))
-        p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 8, 6))
-    else:
-        # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
-        p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
-        p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))
-    return tl.reshape(p, (KW, 16 * S, 16 * PLANES))
-
-
-@triton.jit
-def codes(
-    words, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr,
-    DT: tl.constexpr, QUADS: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block without their steps, their zero points the middle of all
-    codes: DT [KW, R, 16 * PLANES], times ``strips.unit``."""
-    p = _planes(words, (), (), (), FIRST, 1, PLANES, False, BITS, 16, SYMMETRIC, DT, PTX)
-    return _tile(p, S, KW, PLANES, QUADS)
 
 
 @triton.jit
 def weights(
     words, levels, steps, pairs, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, QUADS: tl.constexpr,
-    PTX: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block times their steps, as ``load_steps`` gives them, or their
     levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns]."""
-    p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, True, BITS, GROUP, KIND, DT, PTX)
-    return _tile(p, S, KW, PLANES, QUADS)
+    p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT, PTX)
+    # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
+    p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
+    p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))
+    return tl.reshape(p, (KW, 16 * S, 16 * PLANES))
 
 
 @triton.jit
@@ -309,12 +304,23 @@ def half_bits(word, HALF: tl.constexpr, DT: tl.constexpr):
 
 
 @triton.jit
-def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """DT [..]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
-    if KIND == ASYMMETRIC:
-        return half_bits(steps[GROUP], 0, DT)
+def half_number(word, HALF: tl.constexpr, DT: tl.constexpr):
+    """16 bits of an int32 word, a DT value, as float32."""
+    if tl.float16 == DT:
+        return half_bits(word, HALF, DT).to(tl.float32)
+    elif HALF:
+        return (word & -0x10000).to(tl.float32, bitcast=True)
     else:
-        return half_bits(steps[GROUP // 2], GROUP % 2, DT)
+        return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """float32 [..]: the step of the block's group GROUP. A word holds two steps, or a step below its zero point."""
+    if KIND == ASYMMETRIC:
+        return half_number(steps[GROUP], 0, DT)
+    else:
+        return half_number(steps[GROUP // 2], GROUP % 2, DT)
 
 
 @triton.constexpr_function
@@ -326,4 +332,4 @@ def _midpoint(bits, dtype):
 @triton.jit
 def beside_midpoint(steps, GROUP: tl.constexpr, BITS: tl.constexpr, DT: tl.constexpr):
     """float32 [..]: by what ``codes`` are too small where the block's group GROUP is ASYMMETRIC."""
-    return half_bits(steps[GROUP], 1, DT).to(tl.float32) + _midpoint(BITS, DT)
+    return half_number(steps[GROUP], 1, DT) + _midpoint(BITS, DT)

@@ -3,13 +3,14 @@
 # ruff: noqa: PLR0917
 """The sparse part inside a kernel, summed up in a fixed order: slots (slots.py), then lists (lists.py). No atomics.
 
-x is not read for empty slots and padding: it may hold infinities.
+For empty slots the first column of x is read, and multiplied by zero: what is not finite makes all of y NaN, codes or
+entries.
 """
 
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import half_bits
+from requant_kernels.dense_sparse.triton.decode import half_bits, half_number
 
 
 @triton.jit
@@ -46,17 +47,24 @@ def fetch_slots(slots_ptr, places, step, depth, stride, Q: tl.constexpr):
 
 
 @triton.jit
-def gather(x_ptr, entries, columns):
-    """x DT [...] at the columns of ``entries`` int32 [...]; zero where an entry is. x_ptr: one token."""
-    return tl.load(x_ptr + columns, mask=(entries >> 16) != 0, other=0.0)
+def fetch_near(at, step, steps, Q: tl.constexpr, FULL: tl.constexpr):
+    """Q steps of L strips, near ones, from ``step`` on: as ``fetch_slots`` gives them. at int32* [32 L]: at the first.
+    With FULL there are so many."""
+    slots = ()
+    for q in tl.static_range(Q):
+        if FULL:
+            slots = slots + (tl.load(at + 32 * q),)  # noqa: RUF005
+        else:
+            slots = slots + (tl.load(at + 32 * q, mask=step + q < steps, other=0),)  # noqa: RUF005
+    return slots
 
 
 @triton.jit
 def gather_all(x_ptr, slots, Q: tl.constexpr):
-    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L]."""
+    """x at the columns of ``slots`` as ``fetch_slots`` gives them: a tuple of DT [32 L]. x_ptr: one token."""
     gathered = ()
     for q in tl.static_range(Q):
-        gathered = gathered + (gather(x_ptr, slots[q], slots[q] & 0xFFFF),)  # noqa: RUF005
+        gathered = gathered + (tl.load(x_ptr + (slots[q] & 0xFFFF)),)  # noqa: RUF005
     return gathered
 
 
@@ -64,18 +72,18 @@ def gather_all(x_ptr, slots, Q: tl.constexpr):
 def add_products(products, gathered, slots, Q: tl.constexpr, DT: tl.constexpr):
     """products fp32 [32 L] plus the gathered x times the values of ``slots``."""
     for q in tl.static_range(Q):
-        products += gathered[q].to(tl.float32) * half_bits(slots[q], 1, DT).to(tl.float32)
+        products += gathered[q].to(tl.float32) * half_number(slots[q], 1, DT)
     return products
 
 
 @triton.jit
 def add_lanes(sums, products, owners):
-    """sums fp32 [L, 16, 1] plus the products of each row's lanes. owners int32 [L, 32]: ``Slots.owners``.
+    """sums fp32 [L, 16, 1] plus the products of each row's lanes. owners int32 [32 L]: ``Slots.owners``.
 
     On the tensor cores, in two parts that tf32 holds: 10 bits, and 10 more.
     """
-    lanes = tl.reshape(products, (owners.shape[0], 32, 1))
-    owners = tl.reshape(owners, (owners.shape[0], 1, 32))
+    lanes = tl.reshape(products, (products.shape[0] // 32, 32, 1))
+    owners = tl.reshape(owners, (products.shape[0] // 32, 1, 32)) & 15
     hit = tl.where(owners == tl.arange(0, 16)[None, :, None], 1.0, 0.0)
     high = (lanes.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     sums = tl.dot(hit, lanes - high, sums, input_precision="tf32")
@@ -105,7 +113,7 @@ def multiply_lists(
         live = chunk < end
         e = tl.load(entries_ptr + chunk[:, None] * 32 + tl.arange(0, 32)[None, :], mask=live[:, None], other=0)
         columns = tl.load(segments_ptr + chunk, mask=live, other=0)[:, None] + (e & 0xFFF)
-        x = gather(x_ptr, e, columns)[:, :, None]
+        x = tl.load(x_ptr + columns, mask=(e >> 16) != 0, other=0.0)[:, :, None]
         hit = ((e >> 12) & 0xF)[:, None, :] == tl.arange(0, 16)[None, :, None]
         acc = tl.dot(tl.where(hit, half_bits(e, 1, DT)[:, None, :], 0.0).to(DT), x, acc)
         chunk += parts

@@ -19,7 +19,6 @@ from requant_kernels.gpu import FP_FUSION
 
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
-QUADS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)  # how it hands out operands: operand.py
 PTX = not triton.knobs.runtime.interpret and torch.version.hip is None  # of our own within the kernels
 if PTX:
     declared.always_ask()
@@ -199,8 +198,12 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     entries, segments, _, bounds, _ = call.beside_slots
     slots, further, owners = call.slots
     rest, more = rest_at_once(layer.rest, tile.k_warps, layer.group, layer.kind)
-    constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "MORE": more, "QUADS": QUADS}
-    constants |= {"LISTS": bool(layer.beside_slots.entries)}
+    constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "MORE": more}
+    even = layer.in_features % (BLOCK * tile.k_warps) == 0
+    constants |= {
+        "FULL": even and slots.shape[1] >= layer.blocks * layer.steps,
+        "LISTS": bool(layer.beside_slots.entries),
+    }
     token_tiles, row_tiles, splits = grid
     one_kernel[row_tiles, splits, token_tiles](
         *_arrays(call, sums),

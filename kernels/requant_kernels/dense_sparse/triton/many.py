@@ -67,7 +67,7 @@ def decode_kernel(
             elif ROUNDS:
                 starts = locate(starts_at, 2 * (start + lane) + at // PATCH, start + lane < blocks, 1)
                 pairs = compared(entries_ptr, starts, S, KW)
-            w = weights(now, levels, steps, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, False, PTX)
+            w = weights(now, levels, steps, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, PTX)
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, PATCH)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))

@@ -81,17 +81,16 @@ def middle_kernel(
     starts_below = S * blocks * 2
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
-        lanes = tl.zeros((32 * S,), tl.int32)
     if ROUNDS and PTX:
         reserve(S)
         located = ()
         for h in tl.static_range(STACK):
             located = located + (  # noqa: RUF005 (triton knows no *)
-                locate(starts_at + h * starts_below, PATCHES * lo, lanes + lo < hi, PATCHES),
+                locate(starts_at + h * starts_below, PATCHES * lo, None, PATCHES),
             )
     if ROUNDS and PTX and not LATE:
         fetched = fetch(entries_ptr, located[0], ROUNDS)
-        located = (locate(starts_at, PATCHES * (lo + 1), lanes + (lo + 1) < hi, PATCHES),)
+        located = (locate(starts_at, PATCHES * (lo + 1), None, PATCHES),)
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
         ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
@@ -131,9 +130,7 @@ def middle_kernel(
                             fetched = fetch(entries_ptr, located[h], ROUNDS)
                         after = span + (1 if LATE else 2)
                         at = starts_at + h * starts_below
-                        further = further + (  # noqa: RUF005
-                            locate(at, PATCHES * after, lanes + after < hi, PATCHES),
-                        )
+                        further = further + (locate(at, PATCHES * after, None, PATCHES),)  # noqa: RUF005
                 pairs = ()
                 places = ()
                 for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
@@ -144,10 +141,10 @@ def middle_kernel(
                         pairs = pairs + read(words[0], S, 1)
                     else:
                         at = starts_at + h * starts_below
-                        pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, lanes == 0, 1), S, 1)
+                        pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, None, 1), S, 1)
                 w = weights(
                     words, levels, steps_of(now, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1,
-                    BITS, GROUP, KIND, DT, False, PTX,
+                    BITS, GROUP, KIND, DT, PTX,
                 )  # fmt: skip
                 sums = sums + (tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc[h]),)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights

@@ -14,30 +14,28 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from requant_kernels.dense_sparse.triton.decode import (
-    ASYMMETRIC,
     CODEBOOK,
-    beside_midpoint,
-    codes,
-    group_scale,
     load_levels,
-    load_rows,
-    load_steps,
+    load_steps_at,
     load_words,
+    rows_at,
     weights,
     words_of,
 )
-from requant_kernels.dense_sparse.triton.finish import finish
+from requant_kernels.dense_sparse.triton.digits import add_block, columns, load_pairs, reserve, weight_of
+from requant_kernels.dense_sparse.triton.finish import WHOLE, finish
 from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
     add_products,
     deepest,
+    fetch_near,
     fetch_slots,
     gather_all,
     locate_strips,
     most_chunks,
     multiply_lists,
 )
-from requant_kernels.dense_sparse.triton.operand import load_columns
+from requant_kernels.dense_sparse.triton.rows import add_up, put_digits, put_slots, reserve_rows
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "strips", "depth"], do_not_specialize_on_alignment=["bias_ptr"])
@@ -47,8 +45,7 @@ def one_kernel(
     M, N, K, blocks, width, scale_step, strips, depth,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, LISTS: tl.constexpr, Q: tl.constexpr,
     REST: tl.constexpr, MORE: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, S: tl.constexpr,
-    KW: tl.constexpr, PDL: tl.constexpr, QUADS: tl.constexpr, EVEN: tl.constexpr, TOP: tl.constexpr,
-    PTX: tl.constexpr,
+    KW: tl.constexpr, PDL: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr, TOP: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """y [1, N] = x [1, K] (dense + sparse)^T + bias; ``finish`` says what SPLIT does.
 
@@ -66,18 +63,13 @@ def one_kernel(
     if PDL:
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
-    SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step
-    # Steps go after a product. They go before it where products of so few columns would have less of x than 4 bytes a
-    # thread, which is not copied ahead.
-    FOLDED: tl.constexpr = KIND != CODEBOOK and GROUP < 64
-    WIDE: tl.constexpr = 64 if BITS == 8 else 128  # more of 8 bits would not fit the registers
-    COLUMNS: tl.constexpr = WIDE if FOLDED else SPAN  # of a product
+    T: tl.constexpr = S * KW
+    DIGITS: tl.constexpr = PTX and KIND != CODEBOOK
     WORDS: tl.constexpr = words_of(GROUP, KIND)
     # A product of each group of warps, or of each strip where they are one group: Triton 3.6 spreads the warps of a
     # batched product over the batch alone, and would have all of them compute all rows of a batch of one.
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
-    AHEAD: tl.constexpr = BITS < 8  # words wait in registers for an iteration; those of 8 bits would be too many
     AFTER: tl.constexpr = 4  # steps at a time, when all else is done
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
@@ -97,10 +89,10 @@ def one_kernel(
         tile_at += tl.program_id(2) * tiles
         tiles *= tl.num_programs(2)
     split = tl.program_id(1)
-    splits = tl.num_programs(1)
-    t = tl.arange(0, S * KW)
+    splits = tl.num_programs(1) if SPLIT != WHOLE else 1
+    t = tl.arange(0, T)
     kw = tl.arange(0, KW)
-    group = tl.arange(0, S * KW * 32) // 32  # of each lane of slots, its ``t``
+    group = tl.arange(0, T * 32) // 32  # of each lane, its ``t``
 
     share = tl.cdiv(tl.cdiv(blocks, splits), KW) * KW
     lo = split * share
@@ -114,14 +106,11 @@ def one_kernel(
     steps = ()
     if KIND == CODEBOOK:
         levels = load_levels(steps_at, width, BITS, S)
-    elif FOLDED:
-        steps = load_steps(steps_at, lo, blocks, scale_step, width, GROUP, KIND, S, KW, 256)
     else:
-        steps_at += tl.arange(0, 16 * S)[None, :]
-        steps = load_rows(steps_at + (tl.minimum(lo + kw, blocks - 1) * scale_step)[:, None], width, WORDS)
-    words = ()
-    if AHEAD:
-        words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
+        of = lo + tl.arange(0, 16 * T) // 16 % KW  # of each row's steps, their block
+        steps_at = rows_at(steps_at, S, KW) + tl.minimum(of, blocks - 1) * scale_step
+        steps = load_steps_at(steps_at, None, width, WORDS, S, KW)
+    words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
     if Q:
         strip_of = strip + group // KW
         if MORE:
@@ -130,10 +119,15 @@ def one_kernel(
             places = (strip_of * depth, strip_of * depth, tl.where(first < strips, depth, 0))
         near, _, _ = places
         beside = tl.minimum(depth, blocks * Q)  # steps that go with blocks
-        inside = (near, near, tl.minimum(depth, hi * Q))
-        slots = fetch_slots(slots_ptr, inside, (lo + group % KW) * Q, depth, 1, Q)
-        products = tl.zeros((S * KW * 32,), tl.float32)
-        owners = tl.load(owners_ptr + (strip + t // KW)[:, None] * 32 + tl.arange(0, 32)[None, :])
+        at = (lo + group % KW) * Q
+        inside = tl.minimum(depth, hi * Q)
+        slots_at = slots_ptr + (near + at) * 32 + tl.arange(0, T * 32) % 32
+        slots = fetch_near(slots_at, at, inside, Q, FULL)
+        at += KW * Q
+        slots_at += KW * Q * 32
+        soon = fetch_near(slots_at, at, inside, Q, FULL)  # those of the next blocks
+        products = tl.zeros((T * 32,), tl.float32)
+        owners = tl.load(owners_ptr + strip_of * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         rest = beside + split * KW + group % KW
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
@@ -141,47 +135,49 @@ def one_kernel(
         more = deepest(further_ptr, strip, depth, S) - beside - splits * KW * REST
     if LISTS and BITS == 8:  # of others ptxas has no register left, of those it allows itself
         most = most_chunks(bounds_ptr, first, S)
+    if DIGITS:
+        reserve(T)
+    if DIGITS or (Q and PTX):
+        reserve_rows(T)
     if PDL and not TOP:
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    acc = tl.zeros((BATCH, ROWS, 1), tl.float32)
+    if DIGITS:
+        k = (lo + group % KW) * 256 + columns(T)
+        x_at = x_ptr + k
+        pairs = load_pairs(x_at, k, last, EVEN)
+        acc = tl.zeros((S, KW, 8, 4, 2, 2), tl.float32)
+    else:
+        acc = tl.zeros((BATCH, ROWS, 1), tl.float32)
     for block in range(lo, hi, KW):
-        if AHEAD:
-            now_words = words
-            words_at += KW * BITS * 128
-            words = load_words(words_at, (block + KW + t % KW < hi)[:, None], BITS, S, KW)
-        else:
-            now_words = load_words(words_at, (block + t % KW < hi)[:, None], BITS, S, KW)
-            words_at += KW * BITS * 128
-        if Q:  # an iteration ahead as well, and x at the columns of the last ones long before it is multiplied
-            now_slots = slots
-            slots = fetch_slots(slots_ptr, inside, (block + KW + group % KW) * Q, depth, 1, Q)
-            gathered = gather_all(x_ptr, now_slots, Q)
-        now = steps
-        if FOLDED:
-            steps = load_steps(steps_at, block + KW, blocks, scale_step, width, GROUP, KIND, S, KW, 256)
-        elif KIND != CODEBOOK:
-            ahead = tl.minimum(block + KW + kw, blocks - 1) * scale_step
-            steps = load_rows(steps_at + ahead[:, None], width, WORDS)
-        for start in tl.static_range(0, 256, COLUMNS):
-            x = load_columns(x_ptr, block + kw, last, start, COLUMNS, QUADS, EVEN)
-            x = tl.broadcast_to(x, (BATCH, COLUMNS, 1))
-            if KIND == CODEBOOK or FOLDED:
-                w = weights(
-                    now_words, levels, now, (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP, KIND, DT,
-                    QUADS, PTX,
-                )  # fmt: skip
-                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x, acc)
-            else:
-                w = codes(now_words, start // 16, SPAN // 16, S, KW, BITS, DT, QUADS, PTX)
-                part = tl.dot(tl.reshape(w, (BATCH, ROWS, SPAN)), x)
-                if KIND == ASYMMETRIC:  # not the middle was to be subtracted, but the zero point
-                    ones = tl.full((BATCH, ROWS, SPAN // 2), 1.0, DT)  # joined as weights are: x in the same registers
-                    total = tl.dot(tl.reshape(tl.join(ones, ones), (BATCH, ROWS, SPAN)), x)
-                    part += tl.reshape(beside_midpoint(now, start // GROUP, BITS, DT), (BATCH, ROWS, 1)) * total
-                acc += part * tl.reshape(group_scale(now, start // GROUP, KIND, DT), (BATCH, ROWS, 1)).to(tl.float32)
         if Q:
-            products = add_products(products, gathered, now_slots, Q, DT)
+            gathered = gather_all(x_ptr, slots, Q)
+        if DIGITS:
+            acc = add_block(acc, words, steps, pairs, S, KW, BITS, GROUP, KIND, DT)
+        else:
+            for start in tl.static_range(0, 256, 128):
+                k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, 128)[None, :, None]
+                x = tl.broadcast_to(tl.load(x_ptr + k, mask=k < last, other=0.0), (BATCH, 128, 1))
+                w = weights(words, levels, steps, (), start // 16, 8, S, KW, BITS, GROUP, KIND, DT, PTX)
+                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, 128)), x, acc)
+        if Q:
+            products = add_products(products, gathered, slots, Q, DT)
+        if block + KW < hi:  # what is read only now takes no other registers than what it follows
+            words_at += KW * BITS * 128
+            words = load_words(words_at, None if EVEN else (block + KW + t % KW < hi)[:, None], BITS, S, KW)
+            if KIND != CODEBOOK:
+                of += KW
+                steps_at += KW * scale_step
+                steps = load_steps_at(steps_at, None if EVEN else of < blocks, width, WORDS, S, KW)
+            if DIGITS:
+                k += KW * 256
+                x_at += KW * 256
+                pairs = load_pairs(x_at, k, last, EVEN)
+            if Q:
+                slots = soon
+                at += KW * Q
+                slots_at += KW * Q * 32
+                soon = fetch_near(slots_at, at, inside, Q, FULL)
     if LISTS and BITS < 8:
         most = most_chunks(bounds_ptr, first, S)
     if REST:
@@ -192,22 +188,25 @@ def one_kernel(
             few = fetch_slots(slots_ptr, places, rest, depth, splits * KW, AFTER)
             products = add_products(products, gather_all(x_ptr, few, AFTER), few, AFTER, DT)
             rest += splits * KW * AFTER
-    if Q or LISTS:
-        # sums of the strips' rows: those of the dense part, where a group of warps has a strip, or their own
-        sums = acc if KW == 1 else tl.zeros((S * KW, 16, 1), tl.float32)
-        if Q:
+    if DIGITS:
+        put_digits(acc, S, KW)
+    if Q and PTX:
+        put_slots(products, owners)
+    y = tl.zeros((16 * S, 1), tl.float32)
+    if not DIGITS:
+        y = tl.reshape(acc, (16 * S, 1)) if KW == 1 else tl.sum(acc, 0)
+    if DIGITS or (Q and PTX):
+        y += tl.reshape(add_up(S, KW, DIGITS, Q > 0, weight_of(BITS, DT)), (16 * S, 1))
+    if LISTS or (Q and not PTX):
+        sums = tl.zeros((T, 16, 1), tl.float32)
+        if Q and not PTX:
             sums = add_lanes(sums, products, owners)
         if LISTS:
             sums = multiply_lists(
                 sums, most, x_ptr, entries_ptr, segments_ptr, bounds_ptr, first + t // KW, split * KW + t % KW,
                 splits * KW, DT,
             )  # fmt: skip
-        if KW > 1:
-            sums = tl.permute(tl.reshape(sums, (S, KW, 16, 1)), (1, 0, 2, 3))
-            acc += tl.reshape(sums, (BATCH, ROWS, 1))
-        else:
-            acc = sums
-    y = tl.reshape(acc, (16 * S, 1)) if KW == 1 else tl.sum(acc, 0)
+        y += tl.reshape(tl.sum(tl.reshape(sums, (S, KW, 16)), 1), (16 * S, 1))
 
     finish(
         y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tile_at, tiles, SPLIT, BIAS, DT,

@@ -118,10 +118,11 @@ def reserve(T: tl.constexpr):
 @triton.jit
 def locate(starts_ptr, patch, live, COUNT: tl.constexpr):
     """Where the entries of COUNT patches from ``patch`` on begin, and where the last ones end; there are none unless
-    ``live``. starts int32* [32 T]: of a lane's strip."""
+    ``live``, or that is None. starts int32* [32 T]: of a lane's strip."""
     starts = ()
     for i in tl.static_range(COUNT + 1):
-        starts = starts + (tl.load(starts_ptr + patch + i, mask=live, other=0),)  # noqa: RUF005 (triton knows no *)
+        at = starts_ptr + patch + i
+        starts = starts + (tl.load(at) if live is None else tl.load(at, mask=live, other=0),)  # noqa: RUF005
     return starts
 
 

@@ -17,14 +17,16 @@ from requant_kernels.sparse import SparsePart
 PATCH = BLOCK // 2  # columns
 LANES = 32
 PLANE = 512  # bytes: 16 rows x 16 columns of 2
+SPARE_PATCHES = 4  # kernels may read, never use, where so many behind the last one begin
 AHEAD = 8  # rounds at most whose entries a lane has fetched before they are wanted
 ROUNDS = (1, 2, 4, AHEAD, AHEAD + 1)  # of a layer's kernels: the last takes what it has not fetched one by one
 
 
 @dataclass(frozen=True)
 class Patches:
-    """entries int32 [nnz], patch by patch of a strip, strip by strip; starts int32 [strips * patches + 1]: where those
-    of each patch begin; ``rounds``: how often a warp takes 32 of a patch, the least of ROUNDS that do for all."""
+    """entries int32 [nnz], patch by patch of a strip, strip by strip; starts int32 [strips * patches + 1 and spare]:
+    where those of each patch begin; ``rounds``: how often a warp takes 32 of a patch, the least of ROUNDS that do for
+    all."""
 
     entries: torch.Tensor
     starts: torch.Tensor
@@ -48,4 +50,5 @@ def build_patches(sparse: SparsePart, strips: int, blocks: int) -> Patches:
     counts = torch.bincount(patch, minlength=strips * across)
     needed = min(-(-int(counts.max()) // LANES), ROUNDS[-1])
     rounds = next(rounds for rounds in ROUNDS if rounds >= needed)
-    return Patches(entries[order], offsets_of(counts).to(torch.int32), rounds)
+    starts = torch.nn.functional.pad(offsets_of(counts), (0, SPARE_PATCHES), value=sparse.nnz)
+    return Patches(entries[order], starts.to(torch.int32), rounds)

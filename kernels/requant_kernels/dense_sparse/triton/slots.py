@@ -20,6 +20,8 @@ from requant_kernels.dense_sparse.triton.strips import STRIP, upper_half
 from requant_kernels.sparse import MAX_UINT16_COLUMNS, SparsePart
 
 LANES = 32
+SPARE_STEPS = 32  # kernels may read, never use, as many steps behind the last one
+LAST = 512  # in ``Slots.owners``
 # No strip has more steps than these times the mean, and these: the rest have finished long before.
 DEEPEST, SHALLOW = 4, 8
 # Nor are all as deep as the deepest, unless that has no more than these times the mean, and these.
@@ -30,7 +32,8 @@ EVEN, AND = 1.25, 2
 class Slots:
     """slots int32 [strips and more, depth, 32], further steps behind those of the strips; further int32 [strips + 1]:
     where the further steps of each strip begin, counted from the first; owners int32 [strips, 32]: the row, of the
-    strip's 16, that a lane belongs to; ``rest``: the entries that have no slot, None where there are none."""
+    strip's 16, that a lane belongs to, 16 times the number of lanes before it that do, and LAST where none behind it
+    does; ``rest``: the entries that have no slot, None where there are none."""
 
     slots: torch.Tensor
     further: torch.Tensor
@@ -44,7 +47,7 @@ class Slots:
     @property
     def deepened(self) -> bool:
         """Whether any strip has further steps."""
-        return self.slots.shape[0] > self.owners.shape[0]
+        return bool(self.further[-1])
 
 
 def choose_lanes(counts: torch.Tensor) -> torch.Tensor:
@@ -85,7 +88,8 @@ def build_slots(sparse: SparsePart, strips: int) -> Slots | None:
     steps = needed_steps(counts, lanes)
     depth = choose_depth(steps)
     further = offsets_of((steps - depth).clamp(min=0))
-    slots = torch.zeros(strips + -(-int(further[-1]) // depth), depth, LANES, dtype=torch.int32, device=device)
+    behind = -(-(int(further[-1]) + SPARE_STEPS) // depth)
+    slots = torch.zeros(strips + behind, depth, LANES, dtype=torch.int32, device=device)
     strip, count = rows // STRIP, lanes.view(-1)[rows]
     step, lane = within // count, first.view(-1)[rows] + within % count
     has = step < steps[strip]
@@ -93,7 +97,12 @@ def build_slots(sparse: SparsePart, strips: int) -> Slots | None:
     words = upper_half(sparse.values) | sparse.columns.to(torch.int32)
     slots.view(-1)[(place * LANES + lane)[has]] = words[has]
     # lanes that no row has are empty: whose they are does not matter
-    owners = (torch.arange(LANES, device=device) >= first[:, :, None]).sum(1) - 1
+    lane = torch.arange(LANES, device=device)
+    row = (lane >= first[:, :, None]).sum(1) - 1
+    before = lane - first.gather(1, row)
+    owners = row + STRIP * before
+    owners[:, :-1] += LAST * (before[:, 1:] == 0)
+    owners[:, -1] += LAST
     rest = None
     if not bool(has.all()):
         shape = (sparse.out_features, sparse.in_features)

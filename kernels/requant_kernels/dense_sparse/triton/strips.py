@@ -3,8 +3,10 @@
 Strips. Rows are cut into strips of 16, columns into blocks of 256, both padded. A block of a strip is ``bits`` sets of
 128 words: int32 [strips, blocks, bits, 128] in all, exactly ``bits`` bits a code. Column c of a block is plane c // 16,
 column c % 16 = 8 kh + 2 t + half of it; row r of a strip is 8 rh + g. The code stands in word 16 g + 4 t + 2 kh + rh,
-in its upper 16 bits where half = 1; a half takes 16 // bits planes from the lowest bit up, then the next set follows.
-With 3 bits five planes fill 15 bits of a half and bit i of plane 15 is the sixteenth bit of set i.
+in its upper 16 bits where half = 1. Eight units of 32 columns make up a block, unit 2 i + j planes 4 i + j and, in the
+upper bytes of halves, 4 i + j + 2. A set has the codes of 8 // bits of them, from the lowest bit of a byte up. With 3
+bits set s has unit 2 s in bits 5-7 and 2 s + 1 in bits 2-4; the other two bits of set i, 0 or 1, are the upper ones of
+unit 6 + i, whose last one is bit 1 - i of set 2.
 
 Steps. int32 [blocks, words, rows], or one block where a step covers the row. A word holds the 16 bits of two
 consecutive groups' steps, or, asymmetric, of a group's step and zero point: a step over ``unit``, a zero point times
@@ -12,10 +14,11 @@ consecutive groups' steps, or, asymmetric, of a group's step and zero point: a s
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
-from requant_kernels.dense_sparse.planes import pack_planes
+from requant_kernels.dense_sparse.planes import pack_planes, spread
 from requant_kernels.errors import CheckpointError
 from requant_kernels.packing import unpack
 from requant_kernels.weight import DenseSparseWeight
@@ -68,11 +71,26 @@ def pair_words(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     return bits16(low) | upper_half(high)
 
 
+def _threes(planes: torch.Tensor) -> torch.Tensor:
+    """Units int32 [8, 2, ..], their planes -> int32 [3, ..]."""
+    words = torch.zeros(3, *planes.shape[2:], dtype=torch.int32, device=planes.device)
+    for place, byte in product(range(3), range(2)):
+        words[place] |= planes[2 * place, byte] << (8 * byte + 5) | planes[2 * place + 1, byte] << (8 * byte + 2)
+    for place, byte in product(range(2), range(2)):
+        words[place] |= (planes[6 + place, byte] >> 1 & 0x00030003) << (8 * byte)
+        words[2] |= (planes[6 + place, byte] & 0x00010001) << (8 * byte + 1 - place)
+    return words
+
+
 def pack_strips(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 codes [16 * strips, 256 * blocks] -> int32 [strips, blocks, bits, 128]."""
     strips, blocks = codes.shape[0] // STRIP, codes.shape[1] // BLOCK
     pairs = codes.contiguous().view(torch.int16).view(-1, 16, 8).transpose(0, 1).contiguous()
-    words = pack_planes(pairs, bits)
+    units = pairs.view(4, 2, 2, *pairs.shape[1:]).transpose(1, 2).reshape(8, 2, *pairs.shape[1:])
+    if bits == 3:
+        words = _threes(spread(units))
+    else:
+        words = pack_planes(units.view(bits, 8 // bits, *units.shape[1:]).transpose(1, 2).reshape(pairs.shape), bits)
     # set, strip, rh, g, block, kh, t -> strip, block, set, g, t, kh, rh
     return words.view(bits, strips, 2, 8, blocks, 2, 4).permute(1, 4, 0, 3, 6, 5, 2).reshape(strips, blocks, bits, SET)
 

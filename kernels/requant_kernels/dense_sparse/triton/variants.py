@@ -9,7 +9,7 @@ import triton.language as tl
 
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.launch import QUADS, REDUCE_COLUMNS, rest_at_once
+from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, rest_at_once
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
     CODEBOOK,
@@ -91,7 +91,7 @@ def _variant(  # noqa: PLR0917
     if kernel is one_kernel:
         rest, more = rest_at_once(MOST_REST + crowded if sparse else 0, rule.k_warps, group, kind)
         steps = (MOST_STEPS if crowded else 1) if sparse else 0
-        constants |= {"QUADS": QUADS, "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
+        constants |= {"FULL": not crowded, "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
     else:
         constants["ROUNDS"] = (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0
     if kernel is middle_kernel:
