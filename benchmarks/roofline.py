@@ -137,7 +137,9 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     of_slots = shape.weights * load.density * FILL * SLOT_INSTRUCTIONS
     if one:
         beside = BESIDE_THE_LOOP + BESIDE_THE_LOOP_OF_ENTRIES * (load.density > 0)
-        instructions = shape.weights * ONE_INSTRUCTIONS[load.bits] + of_slots + row_tiles * splits * tile.warps * 32 * beside
+        instructions = (
+            shape.weights * ONE_INSTRUCTIONS[load.bits] + of_slots + row_tiles * splits * tile.warps * 32 * beside
+        )
     else:
         loop = "middle" if tile.span == BLOCK else "middle, half blocks"
         each = INSTRUCTIONS[loop] + PATCH_INSTRUCTIONS[loop] * (load.density > 0)

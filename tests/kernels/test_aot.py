@@ -26,8 +26,8 @@ def test_a_kernel_passes_and_is_reported(tmp_path):
     [row] = json.loads(report.read_text())
     assert (row["name"], row["target"], row["matrix"], row["spill"], row["failure"]) == (NAME, "90", "mma", 0, "")
     assert 0 < row["registers"] < 256
-    assert row["barriers"] == 2  # words of x have come; they are not needed any more
-    assert row["loop"] > 200
+    assert row["barriers"] == 0  # with one token each warp runs alone
+    assert row["loop"] > 100
 
 
 def test_a_missing_matrix_instruction_fails():

@@ -2,8 +2,8 @@
 
 The walk of a layer: strips.py, patches.py, slots.py and lists.py lay it out at load time (layer.py ties them together),
 table.py says which kernel runs at how many tokens, launch.py launches it: one.py, middle.py or many.py, with the
-helpers decode.py, operand.py and gather.py (one), patch.py (middle, many), finish.py and fixup.py. Only those last
-nine, and launch.py, import triton.
+helpers digits.py, gather.py and rows.py (one), decode.py, patch.py (middle, many), finish.py and fixup.py. Only those
+last ten, and launch.py, import triton.
 """
 
 from requant_kernels.dense_sparse.triton.implementation import Triton

@@ -323,6 +323,25 @@ def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
         return half_number(steps[GROUP // 2], GROUP % 2, DT)
 
 
+@triton.jit
+def scaled_after(part, steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
+    """part fp32 [KW, R, 1], sums of codes less zero points of the block's group GROUP, times their steps."""
+    step = tl.permute(group_scale(steps, GROUP, KIND, DT), (1, 0, 5, 2, 3, 4))
+    return part * tl.reshape(step, part.shape)
+
+
+@triton.jit
+def without_steps(steps, KIND: tl.constexpr, DT: tl.constexpr):
+    """Words of steps with ones instead, and zero points as they are."""
+    ones = ()
+    for word in tl.static_range(len(steps)):
+        if KIND == ASYMMETRIC:
+            ones = ones + ((steps[word] & -0x10000) | (_twice(1.0, DT) & 0xFFFF),)  # noqa: RUF005
+        else:
+            ones = ones + (steps[word] * 0 + _twice(1.0, DT),)  # noqa: RUF005
+    return ones
+
+
 @triton.constexpr_function
 def _midpoint(bits, dtype):
     """The zero point in the middle of all codes, times ``strips.unit``."""

@@ -19,7 +19,9 @@ from requant_kernels.dense_sparse.triton.decode import (
     load_steps_at,
     load_words,
     rows_at,
+    scaled_after,
     weights,
+    without_steps,
     words_of,
 )
 from requant_kernels.dense_sparse.triton.digits import add_block, columns, load_pairs, reserve, weight_of
@@ -66,7 +68,8 @@ def one_kernel(
     T: tl.constexpr = S * KW
     DIGITS: tl.constexpr = PTX and KIND != CODEBOOK
     WORDS: tl.constexpr = words_of(GROUP, KIND)
-    # A product of each group of warps, or of each strip where they are one group: Triton 3.6 spreads the warps of a
+    COLUMNS: tl.constexpr = 128 if KIND == CODEBOOK else min(GROUP, 128)  # of a product of numbers
+    # One of each group of warps, or of each strip where they are one group: Triton 3.6 spreads the warps of a
     # batched product over the batch alone, and would have all of them compute all rows of a batch of one.
     BATCH: tl.constexpr = S if KW == 1 else KW
     ROWS: tl.constexpr = 16 if KW == 1 else 16 * S
@@ -155,11 +158,18 @@ def one_kernel(
         if DIGITS:
             acc = add_block(acc, words, steps, pairs, S, KW, BITS, GROUP, KIND, DT)
         else:
-            for start in tl.static_range(0, 256, 128):
-                k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, 128)[None, :, None]
-                x = tl.broadcast_to(tl.load(x_ptr + k, mask=k < last, other=0.0), (BATCH, 128, 1))
-                w = weights(words, levels, steps, (), start // 16, 8, S, KW, BITS, GROUP, KIND, DT, PTX)
-                acc = tl.dot(tl.reshape(w, (BATCH, ROWS, 128)), x, acc)
+            for start in tl.static_range(0, 256, COLUMNS):
+                k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, COLUMNS)[None, :, None]
+                x = tl.broadcast_to(tl.load(x_ptr + k, mask=k < last, other=0.0), (BATCH, COLUMNS, 1))
+                w = weights(
+                    words, levels, without_steps(steps, KIND, DT), (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP,
+                    KIND, DT, PTX,
+                )  # fmt: skip
+                part = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x)
+                if KIND != CODEBOOK:
+                    part = tl.reshape(part, (KW, 16 * S, 1))
+                    part = tl.reshape(scaled_after(part, steps, start // GROUP, KIND, DT), (BATCH, ROWS, 1))
+                acc += part
         if Q:
             products = add_products(products, gathered, slots, Q, DT)
         if block + KW < hi:  # what is read only now takes no other registers than what it follows
