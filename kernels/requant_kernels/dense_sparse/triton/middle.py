@@ -130,7 +130,8 @@ def middle_kernel(
                             fetched = fetch(entries_ptr, located[h], ROUNDS)
                         after = span + (1 if LATE else 2)
                         at = starts_at + h * starts_below
-                        further = further + (locate(at, PATCHES * after, None, PATCHES),)  # noqa: RUF005
+                        live = after < hi if LATE else None  # under one flag they take fewer registers
+                        further = further + (locate(at, PATCHES * after, live, PATCHES),)  # noqa: RUF005
                 pairs = ()
                 places = ()
                 for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
