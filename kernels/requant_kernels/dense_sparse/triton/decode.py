@@ -33,13 +33,16 @@ def load_rows(ptr, stride, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load(ptr, live):
-    return tl.load(ptr) if live is None else tl.load(ptr, mask=live)
+def _load(ptr, live, CACHE: tl.constexpr):
+    if live is None:
+        return tl.load(ptr, cache_modifier=CACHE)
+    else:
+        return tl.load(ptr, mask=live, cache_modifier=CACHE)
 
 
 @triton.jit
 def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
-    return tl.reshape(_load(ptr, live), (S, KW, 8, 4, 2, 2))
+    return tl.reshape(_load(ptr, live, ".cg"), (S, KW, 8, 4, 2, 2))  # past the L1, where x is to stay
 
 
 @triton.jit
@@ -96,7 +99,7 @@ def load_steps_at(at, live, stride, COUNT: tl.constexpr, S: tl.constexpr, KW: tl
     each thread those of its rows. Nothing is read where ``live`` is false; all are where it is None."""
     steps = ()
     for word in tl.static_range(COUNT):
-        steps = steps + (tl.reshape(_load(at + word * stride, live), (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
+        steps = steps + (tl.reshape(_load(at + word * stride, live, ""), (S, KW, 8, 1, 1, 2)),)  # noqa: RUF005
     return steps
 
 

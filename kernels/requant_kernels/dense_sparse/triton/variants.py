@@ -78,8 +78,10 @@ def _variant(  # noqa: PLR0917
     crowded: bool = False,
     top: int = 0,
     rounds: int = 0,
+    thin: bool = False,
 ) -> Variant:
-    """top: of routed experts, how many a token has; rounds: of patches, the usual number where it is 0."""
+    """top: of routed experts, how many a token has; rounds: of patches, the usual number where it is 0; thin: a block
+    of columns has less than a step of slots."""
     constants: dict[str, Any] = {"BITS": bits, "GROUP": group, "KIND": kind, "PTX": table != "mi300"}
     tile = rule if isinstance(rule, Tile) else None
     constants["S"] = tile.beside if tile else rule.strips
@@ -91,7 +93,7 @@ def _variant(  # noqa: PLR0917
     if kernel is one_kernel:
         rest, more = rest_at_once(MOST_REST + crowded if sparse else 0, rule.k_warps, group, kind)
         steps = (MOST_STEPS if crowded else 1) if sparse else 0
-        constants |= {"FULL": not crowded, "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
+        constants |= {"FULL": not (crowded or thin), "Q": steps, "REST": rest, "MORE": more, "LISTS": crowded}
     else:
         constants["ROUNDS"] = (rounds or (ROUNDS[-1] if crowded else USUAL)) if sparse else 0
     if kernel is middle_kernel:
@@ -106,7 +108,7 @@ def _variant(  # noqa: PLR0917
         + ("", " split", " overflow")[split]
     )
     name += " crowded" if crowded else " sparse" if sparse else " dense"
-    name += f" {rounds} rounds" if rounds else ""
+    name += f" {rounds} rounds" if rounds else " thin" if thin else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
@@ -132,6 +134,8 @@ def _every() -> Iterator[Variant]:
             for tile, crowded in product(used, (True, False) if sparse else (False,)):
                 for split in (WHOLE, HERE, LATER) if sparse and tile.kernel == "one" else (WHOLE, HERE):
                     yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
+                if tile.kernel == "one" and sparse and not crowded:
+                    yield _variant(name, tile, bits, group, kind, dtype, thin=True)
             for crowded in (True, False) if sparse else (False,):
                 yield _variant(name, table.decode, bits, group, kind, dtype, sparse, crowded=crowded)
             for tile, rounds in product((*used, table.decode), ROUNDS[:1] + ROUNDS[2:-1] if sparse else ()):
@@ -188,6 +192,7 @@ def _cover() -> Iterator[Variant]:
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
         yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
     yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
+    yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", thin=True)
     yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
     for tokens in (32, 64, 128):
         yield _variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
