@@ -108,7 +108,7 @@ def one_token(x: torch.Tensor, weight: DenseSparseWeight) -> torch.Tensor:
 
 
 def test_one_tokens_digits_leave_small_x_beside_large_ones():
-    """x in fixed point keeps 23 bits below the largest of its block, whose weights are zero here."""
+    """x in fixed point is right to 2**-22 of the largest of its block, whose weights are zero here."""
     weight = weight_of(Case(1, 32, 512, 4, 128, sparse="none"))
     x = torch.randn(1, 512)
     assert weight.scale is not None

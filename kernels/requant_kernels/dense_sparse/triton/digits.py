@@ -7,7 +7,7 @@ product; codes are its other operand as they are, so that nothing is decoded.
 ``mma.m16n8k32`` multiplies 16 rows by 8 columns, of which one token has use for one. Columns 0, 1 and 2 are the bytes
 of u = 2**22 + x / scale, 23 bits, unsigned, with the power of two for scale that lets the largest of the block's x fit.
 Column 3 is all ones: what 2**22 adds, that many times the sum of the codes, is subtracted at the end (rows.py). x is
-off by no more than 2**-23 of the largest of its block, and the sums under a step are exact.
+off by no more than 2**-22 of the largest of its block, and the sums under a step are exact.
 
 It is PTX: one warp for each strip and block, which touches no buffer but its own. T of them work side by side; what a
 lane of a warp has is an element of [32 T], four words of it in turn of [.., 8, 4, 2, 2] (decode.py).
@@ -50,6 +50,8 @@ def _cut(kind):
     code = "\n".join(f"and.b32 %m{i}, ${i + 1}, 0x7fff7fff;" for i in range(4))
     most = f"max.NaN.{kind}x2"
     exponent = "mov.b32 {%low, %high}, %m0; cvt.f32.f16 %m0, %high;" if kind == "f16" else ""
+    # The largest of a warp's x is below 2**(e - 126), where e is its biased exponent: times 2**(148 - e) below 2**22.
+    # Added to 1.5 * 2**23, the lowest 23 bits of the sum are u.
     code += f"""
         {most} %m0, %m0, %m1; {most} %m2, %m2, %m3; {most} %m0, %m0, %m2;
         prmt.b32 %m1, %m0, 0, 0x1032; {most} %m0, %m0, %m1; {exponent}
@@ -254,15 +256,14 @@ def add_block(
     scale = tl.reshape(_cut_up(pairs, DT), (S, KW, 8, 4, 1, 1))
     digits = _read_all(words[0], S, KW)
     for start in tl.static_range(0, 256, SPAN):
-        step = tl.reshape(group_scale(steps, start // GROUP, KIND, DT), (S, KW, 8, 1, 2, 1)) * scale
         sums = tl.zeros((S, KW, 8, 4, 2, 2), tl.int32)
-        for unit in tl.static_range(_units(SPAN)):
-            sums = _add_unit(sums, words, digits, _first_unit(start, SPAN) + unit, BITS, _kept(start, SPAN))
-        acc += sums.to(tl.float32) * step
         if KIND == ASYMMETRIC:  # not the middle was to be subtracted, but the zero point
-            sums = tl.zeros((S, KW, 8, 4, 2, 2), tl.int32)
             for unit in tl.static_range(_units(SPAN)):
                 sums = _add_ones(sums, digits, _first_unit(start, SPAN) + unit, _kept(start, SPAN))
             beside = beside_midpoint(steps, start // GROUP, BITS, DT) / weight_of(BITS, DT)
-            acc += sums.to(tl.float32) * (tl.reshape(beside, (S, KW, 8, 1, 2, 1)) * step)
+            sums *= tl.reshape(beside.to(tl.int32), (S, KW, 8, 1, 2, 1))
+        for unit in tl.static_range(_units(SPAN)):
+            sums = _add_unit(sums, words, digits, _first_unit(start, SPAN) + unit, BITS, _kept(start, SPAN))
+        step = tl.reshape(group_scale(steps, start // GROUP, KIND, DT), (S, KW, 8, 1, 2, 1)) * scale
+        acc += sums.to(tl.float32) * step
     return acc
