@@ -19,7 +19,9 @@ from requant_kernels.dense_sparse.triton.patches import (
 )
 from requant_kernels.dense_sparse.triton.slots import (
     DEEPEST,
+    LAST,
     SHALLOW,
+    SPARE_STEPS,
     Slots,
     build_slots,
     choose_lanes,
@@ -182,6 +184,27 @@ def with_entries(draw: st.DrawFn, *columns: int) -> tuple[torch.Tensor, torch.Te
     mask &= values != 0
     assume(bool(mask.any()))
     return values, mask
+
+
+@settings(max_examples=30)
+@given(part=with_entries(1, 40, 300))
+def test_a_lane_knows_its_place_among_those_of_its_row(part):
+    values, mask = part
+    slots = build_slots(SparsePart.from_mask(values, mask), 8)
+    assert slots is not None
+    for lanes in slots.owners.tolist():
+        rows = [lane % STRIP for lane in lanes]
+        assert rows == sorted(rows)
+        assert set(rows) == set(range(STRIP))
+        assert [lane // STRIP % LANES for lane in lanes] == [rows[:i].count(row) for i, row in enumerate(rows)]
+        assert [bool(lane & LAST) for lane in lanes] == [row not in rows[i + 1 :] for i, row in enumerate(rows)]
+
+
+def test_kernels_may_read_behind_the_last_slot():
+    mask = torch.rand(128, 256) < 0.01
+    slots = build_slots(SparsePart.from_mask(torch.ones(128, 256, dtype=torch.bfloat16), mask), 8)
+    assert slots is not None
+    assert (len(slots.slots) - 8) * slots.depth - int(slots.further[-1]) >= SPARE_STEPS
 
 
 @settings(max_examples=30)
