@@ -187,15 +187,18 @@ def _cut_up(pairs, DT: tl.constexpr):
 
 
 @triton.jit
-def _read_all(like, S: tl.constexpr, KW: tl.constexpr):
-    """The digits of a block, for each two units int32 [S, KW, 8, 4, 2, 2] in the layout of ``like``, words of codes."""
+def _read_pairs(like, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
+    """The digits of COUNT pairs of units from FIRST on, for each int32 [S, KW, 8, 4, 2, 2] in the layout of ``like``,
+    words of codes."""
     T: tl.constexpr = S * KW
     word = tl.arange(0, 128)[None, :]
     at = tl.arange(0, T)[:, None] * STRIDE + word // 16 % 4 * ROW + word // 4 % 4 * 16
     at = tl.reshape(at, (S, KW, 8, 4, 2, 2))
     digits = ()
-    for pair in tl.static_range(4):
-        words = tl.inline_asm_elementwise(_read(pair), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4)
+    for pair in tl.static_range(COUNT):
+        words = tl.inline_asm_elementwise(
+            _read(FIRST + pair), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4
+        )
         digits = digits + (words,)  # noqa: RUF005
     return digits
 
@@ -207,11 +210,10 @@ def _add_unit(sums, words, digits, UNIT: tl.constexpr, BITS: tl.constexpr, KEEP:
     CODE: tl.constexpr = _multiply(UNIT, BITS, KEEP)
     SETS: tl.constexpr = _sets(UNIT, BITS)
     OUT: tl.constexpr = "=r,=r,=r,=r" + ",r" * (8 + 4 * len(SETS))
-    of = digits[UNIT // 2]
     if len(SETS) == 1:
-        return tl.inline_asm_elementwise(CODE, OUT, [words[SETS[0]], of, sums], tl.int32, True, 4)
+        return tl.inline_asm_elementwise(CODE, OUT, [words[SETS[0]], digits, sums], tl.int32, True, 4)
     else:
-        return tl.inline_asm_elementwise(CODE, OUT, [words[SETS[0]], words[SETS[1]], of, sums], tl.int32, True, 4)
+        return tl.inline_asm_elementwise(CODE, OUT, [words[SETS[0]], words[SETS[1]], digits, sums], tl.int32, True, 4)
 
 
 @triton.jit
@@ -219,7 +221,7 @@ def _add_ones(sums, digits, UNIT: tl.constexpr, KEEP: tl.constexpr):
     """The same of ones instead of codes: the sum of x."""
     CODE: tl.constexpr = _multiply(UNIT, 0, KEEP)
     OUT: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r,r,r,r"
-    return tl.inline_asm_elementwise(CODE, OUT, [digits[UNIT // 2], sums], tl.int32, True, 4)
+    return tl.inline_asm_elementwise(CODE, OUT, [digits, sums], tl.int32, True, 4)
 
 
 @triton.constexpr_function
@@ -254,16 +256,18 @@ def add_block(
     block for each warp: ``words`` and ``steps`` as decode.py loads them, ``pairs`` of x."""
     SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step, and in one sum
     scale = tl.reshape(_cut_up(pairs, DT), (S, KW, 8, 4, 1, 1))
-    digits = _read_all(words[0], S, KW)
+    digits = ()
     for start in tl.static_range(0, 256, SPAN):
+        if start % 64 == 0:
+            digits = _read_pairs(words[0], start // 64, max(1, SPAN // 64), S, KW)
         sums = tl.zeros((S, KW, 8, 4, 2, 2), tl.int32)
         if KIND == ASYMMETRIC:  # not the middle was to be subtracted, but the zero point
             for unit in tl.static_range(_units(SPAN)):
-                sums = _add_ones(sums, digits, _first_unit(start, SPAN) + unit, _kept(start, SPAN))
+                sums = _add_ones(sums, digits[unit // 2], _first_unit(start, SPAN) + unit, _kept(start, SPAN))
             beside = beside_midpoint(steps, start // GROUP, BITS, DT) / weight_of(BITS, DT)
             sums *= tl.reshape(beside.to(tl.int32), (S, KW, 8, 1, 2, 1))
         for unit in tl.static_range(_units(SPAN)):
-            sums = _add_unit(sums, words, digits, _first_unit(start, SPAN) + unit, BITS, _kept(start, SPAN))
+            sums = _add_unit(sums, words, digits[unit // 2], _first_unit(start, SPAN) + unit, BITS, _kept(start, SPAN))
         step = tl.reshape(group_scale(steps, start // GROUP, KIND, DT), (S, KW, 8, 1, 2, 1)) * scale
         acc += sums.to(tl.float32) * step
     return acc

@@ -130,7 +130,6 @@ def one_kernel(
         slots_at += KW * Q * 32
         soon = fetch_near(slots_at, at, inside, Q, FULL)  # those of the next blocks
         products = tl.zeros((T * 32,), tl.float32)
-        owners = tl.load(owners_ptr + strip_of * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         rest = beside + split * KW + group % KW
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
@@ -190,6 +189,10 @@ def one_kernel(
                 soon = fetch_near(slots_at, at, inside, Q, FULL)
     if LISTS and BITS < 8:
         most = most_chunks(bounds_ptr, first, S)
+    if MORE:  # looked up again: what is kept takes registers while blocks want them
+        places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
+    if Q:
+        owners = tl.load(owners_ptr + (strip + group // KW) * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         products = add_products(products, gather_all(x_ptr, left, REST), left, REST, DT)
     if MORE:
