@@ -107,8 +107,8 @@ def _variant(  # noqa: PLR0917
         f"{table} {'experts ' if top else ''}{label} W{bits} g{group} {KINDS[kind]} {dtype}"
         + ("", " split", " overflow")[split]
     )
-    name += " crowded" if crowded else " sparse" if sparse else " dense"
-    name += f" {rounds} rounds" if rounds else " thin" if thin else ""
+    name += " crowded" if crowded else " thin" if thin else " sparse" if sparse else " dense"
+    name += f" {rounds} rounds" if rounds else ""
     targets = {target: _expected(tile, target) for target in TARGETS[table]}
     signature = _signature(kernel, dtype, constants)
     return Variant(name, kernel, signature, constants, ALIGNED, rule.warps, rule.stages, targets)
