@@ -57,5 +57,5 @@ def test_the_command_counts_what_a_layer_must_read():
     script = Path(__file__).parents[2] / "benchmarks" / "traffic.py"
     command = [sys.executable, str(script), "--rows", "128", "--columns", "256", "--density", "0"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    words = next(line for line in lines if "ld.global.v4.b32" in line)
+    words = next(line for line in lines if "ld.global.cg.v4.b32" in line)
     assert words.split("|")[7].strip() == str(128 * 256 * 4 // 8 // 32)  # sectors
