@@ -136,14 +136,21 @@ def words_of(group, kind):
 
 @triton.constexpr_function
 def _unit_of(plane):
-    """strips.py."""
+    """As strips.py says."""
     return plane // 4 * 2 + plane % 2
 
 
 @triton.constexpr_function
-def _bit_of(plane, bits):
-    """At which bit of a byte, that halves of words begin or end with, a code of ``plane`` is, or is put."""
-    unit = _unit_of(plane)
+def set_of(unit, bits):
+    """Which set has the codes of ``unit``; of the last two with 3 bits their upper ones."""
+    if bits == 3:
+        return unit - 6 if unit >= 6 else unit // 2
+    return unit * bits // 8
+
+
+@triton.constexpr_function
+def bit_of(unit, bits):
+    """At which bit of a byte, that halves of words begin or end with, a code of ``unit`` is, or is put."""
     if bits == 3:
         return 0 if unit >= 6 else 2 if unit % 2 else 5
     return unit * bits % 8
@@ -151,16 +158,15 @@ def _bit_of(plane, bits):
 
 @triton.jit
 def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """The two codes of each word that belong to plane PLANE, at bit ``_bit_of`` of its low and high half."""
+    """The two codes of each word that belong to plane PLANE, at bit ``bit_of`` of its low and high half."""
     SHIFT: tl.constexpr = PLANE // 2 % 2 * 8
     UNIT: tl.constexpr = _unit_of(PLANE)
     if BITS == 3 and UNIT >= 6:  # two bits in one word, the last in another
-        upper = words[UNIT - 6] >> (SHIFT - 1) if SHIFT else words[UNIT - 6] << 1
+        upper = words[set_of(UNIT, BITS)] >> (SHIFT - 1) if SHIFT else words[set_of(UNIT, BITS)] << 1
         return (upper & 0x00060006) | (words[2] >> (SHIFT + 7 - UNIT) & 0x00010001)
     else:
-        MASK: tl.constexpr = (((1 << BITS) - 1) << _bit_of(PLANE, BITS)) * 0x00010001
-        SET: tl.constexpr = UNIT // 2 if BITS == 3 else UNIT * BITS // 8
-        return words[SET] >> SHIFT & MASK
+        MASK: tl.constexpr = (((1 << BITS) - 1) << bit_of(UNIT, BITS)) * 0x00010001
+        return words[set_of(UNIT, BITS)] >> SHIFT & MASK
 
 
 @triton.jit
@@ -229,9 +235,9 @@ def _plane(
     """
     pair = _codes(words, PLANE, BITS)
     if KIND == CODEBOOK:
-        return _select(levels, _bit_masks(pair, _bit_of(PLANE, BITS), BITS), BITS, 0)
+        return _select(levels, _bit_masks(pair, bit_of(_unit_of(PLANE), BITS), BITS), BITS, 0)
     else:
-        UNIT: tl.constexpr = _twice(2.0 ** ((15 if tl.float16 == DT else 127) - _bit_of(PLANE, BITS)), DT)
+        UNIT: tl.constexpr = _twice(2.0 ** ((15 if tl.float16 == DT else 127) - bit_of(_unit_of(PLANE), BITS)), DT)
         if KIND == ASYMMETRIC:  # noqa: SIM108 (of the two only one is compiled)
             less = _both(steps[PLANE * 16 // GROUP], 1, PTX)
         else:

@@ -16,7 +16,7 @@ lane of a warp has is an element of [32 T], four words of it in turn of [.., 8, 
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import ASYMMETRIC, beside_midpoint, group_scale
+from requant_kernels.dense_sparse.triton.decode import ASYMMETRIC, beside_midpoint, bit_of, group_scale, set_of
 
 ROW = tl.constexpr(256 + 64)  # bytes from one column's digits to the next one's: no two lanes of four meet in a bank
 STRIDE = tl.constexpr(4 * ROW.value)  # of a warp
@@ -108,16 +108,14 @@ def _signed(unit, bits, words, keep):
         # of lop3, 0x6A is first & second ^ third
         code = f"shl.b32 %b, {words[1]}, {unit - 2}; lop3.b32 %a, %b, {0x20202020 & keep}, %top, 0x6A;"
         return code + f"shl.b32 %b, {words[0]}, 6; lop3.b32 %a, %b, {0xC0C0C0C0 & keep}, %a, 0x6A;"
-    up = 0 if bits == 8 else 3 * (unit % 2) if bits == 3 else 8 - bits - unit % (8 // bits) * bits
+    up = 8 - bits - bit_of(unit, bits)
     return f"shl.b32 %b, {words[0]}, {up}; lop3.b32 %a, %b, {mask}, %top, 0x6A;"
 
 
 @triton.constexpr_function
 def _sets(unit, bits):
     """Which words have the codes of ``unit``."""
-    if bits == 3:
-        return (unit - 6, 2) if unit >= 6 else (unit // 2,)
-    return (unit * bits // 8,)
+    return (set_of(unit, bits), 2) if bits == 3 and unit >= 6 else (set_of(unit, bits),)
 
 
 @triton.constexpr_function

@@ -199,9 +199,9 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
     slots, further, owners = call.slots
     rest, more = rest_at_once(layer.rest, tile.k_warps, layer.group, layer.kind)
     constants = {"KW": tile.k_warps, "Q": layer.steps, "REST": rest, "MORE": more}
-    even = layer.in_features % (BLOCK * tile.k_warps) == 0
+    shared = _constants(call, tile, sums)
     constants |= {
-        "FULL": even and slots.shape[1] >= layer.blocks * layer.steps,
+        "FULL": shared["EVEN"] and slots.shape[1] >= layer.blocks * layer.steps,
         "LISTS": bool(layer.beside_slots.entries),
     }
     token_tiles, row_tiles, splits = grid
@@ -219,7 +219,7 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
         *call.sizes,
         layer.strips,
         slots.shape[1],
-        **_constants(call, tile, sums),
+        **shared,
         **constants,
         **options,
     )

@@ -60,7 +60,7 @@ def one_kernel(
     adds back.
     scales: int32 words [.., width], or the levels. Q steps of slots go with each block of columns. Of what is left a
     group of warps has fetched REST steps before, and multiplies them and, with MORE, all others after the blocks.
-    EVEN: 256 * KW divides K.
+    EVEN: 256 * KW divides K. FULL: that, and every block has Q steps of slots.
     """
     if PDL:
         gdc_launch_dependents()
