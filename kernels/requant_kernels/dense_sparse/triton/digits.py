@@ -46,8 +46,10 @@ def _float(half, kind, word):
 
 @triton.constexpr_function
 def _cut(kind):
-    """Pairs of x, at columns 0, 8, 32 and 40 behind the lane's, $1 to $4, go to the buffer at $5; $0: the scale."""
-    code = "\n".join(f"and.b32 %m{i}, ${i + 1}, 0x7fff7fff;" for i in range(4))
+    """Four of x from the lane's first column on, $1, and four 32 columns behind, $2, go to the buffer at $3; $0: the
+    scale."""
+    code = "mov.b64 {%w0, %w1}, $1; mov.b64 {%w2, %w3}, $2;\n"
+    code += "\n".join(f"and.b32 %m{i}, %w{i}, 0x7fff7fff;" for i in range(4))
     most = f"max.NaN.{kind}x2"
     exponent = "mov.b32 {%low, %high}, %m0; cvt.f32.f16 %m0, %high;" if kind == "f16" else ""
     # The largest of a warp's x is below 2**(e - 126), where e is its biased exponent: times 2**(148 - e) below 2**22.
@@ -63,10 +65,10 @@ def _cut(kind):
         sub.u32 %m0, %m0, {21 << 23};
         selp.b32 $0, 0x7fffffff, %m0, %wrong;
         mov.b32 %at, requant_digits;
-        add.s32 %at, %at, $5;"""
+        add.s32 %at, %at, $3;"""
     for i in range(4):
         for half in range(2):
-            code += f"\n{_float(half, kind, f'${i + 1}')} fma.rn.f32 %u{2 * i + half}, %f, %scale, 0f4B400000;"
+            code += f"\n{_float(half, kind, f'%w{i}')} fma.rn.f32 %u{2 * i + half}, %f, %scale, 0f4B400000;"
     for i in range(2):  # bytes: first column, the one 32 behind it, then the next of both
         a, b = 2 * i, 2 * i + 4
         code += f"""
@@ -75,12 +77,14 @@ def _cut(kind):
         prmt.b32 %p, %u{a}, %u{b}, 0x0062; prmt.b32 %q, %u{a + 1}, %u{b + 1}, 0x0062;
         prmt.b32 %z{i}, %p, %q, 0x5410;"""
     stores = "\n".join(
-        f"st.shared.v2.b32 [%at+{row * ROW.value}], {{%{name}0, %{name}1}};" for row, name in enumerate("xyz")
+        f"st.shared.b32 [%at+{row * ROW.value + 16 * i}], %{name}{i};"
+        for row, name in enumerate("xyz")
+        for i in range(2)
     )
     return f"""{{
         .reg .pred %wrong;
         .reg .b16 %low, %high;
-        .reg .b32 %m<4>, %u<8>, %x<2>, %y<2>, %z<2>, %p, %q, %f, %scale, %at;
+        .reg .b32 %w<4>, %m<4>, %u<8>, %x<2>, %y<2>, %z<2>, %p, %q, %f, %scale, %at;
         {code}
         bar.warp.sync 0xffffffff;
         {stores}
@@ -151,36 +155,35 @@ def reserve(T: tl.constexpr):
 def columns(T: tl.constexpr):
     """Of a block, which a warp each shares out, a lane's first column: int32 [32 T]."""
     lane = tl.arange(0, 32 * T) % 32
-    unit = lane // 4
-    return unit // 2 * 64 + unit % 2 * 16 + lane % 4 * 2
+    return lane // 8 * 64 + lane % 8 * 4
 
 
 @triton.jit
-def load_pairs(x_at, k, last, EVEN: tl.constexpr):
-    """A lane's x of a block: 4 pairs, int32 [32 T]. x_at [32 T]: at its first column, which is ``k`` [32 T]; zero from
-    column ``last`` on, unless EVEN: then all of it is there."""
-    pairs = ()
-    for i in tl.static_range(4):
-        at = i // 2 * 32 + i % 2 * 8
+def load_fours(x_at, k, last, EVEN: tl.constexpr):
+    """A lane's x of a block: int64 [32 T], four in a row, and the four 32 columns behind. x_at [32 T]: at its first
+    column, which is ``k`` [32 T]; zero from column ``last`` on, unless EVEN: then all of it is there."""
+    fours = ()
+    for i in tl.static_range(2):
         if EVEN:
-            pair = tl.load((x_at + at).to(tl.pointer_type(tl.int32), bitcast=True))
+            four = tl.load((x_at + 32 * i).to(tl.pointer_type(tl.int64), bitcast=True))
         else:
-            low = tl.load(x_at + at, mask=k + at < last, other=0.0).to(tl.int16, bitcast=True)
-            high = tl.load(x_at + at + 1, mask=k + at + 1 < last, other=0.0).to(tl.int16, bitcast=True)
-            pair = (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
-        pairs = pairs + (pair,)  # noqa: RUF005 (triton knows no *)
-    return pairs
+            four = tl.zeros(k.shape, tl.int64)
+            for j in tl.static_range(4):
+                at = 32 * i + j
+                one = tl.load(x_at + at, mask=k + at < last, other=0.0).to(tl.int16, bitcast=True)
+                four |= (one.to(tl.int64) & 0xFFFF) << (16 * j)
+        fours = fours + (four,)  # noqa: RUF005 (triton knows no *)
+    return fours
 
 
 @triton.jit
-def _cut_up(pairs, DT: tl.constexpr):
-    """The pairs' digits go to the buffers. Their scale, fp32 [32 T], a warp's all the same; NaN where an x of its block
-    is not finite."""
+def _cut_up(fours, DT: tl.constexpr):
+    """Their digits go to the buffers. Their scale, fp32 [32 T], a warp's all the same; NaN where an x of its block is
+    not finite."""
     CODE: tl.constexpr = _cut("f16" if tl.float16 == DT else "bf16")
-    lane = tl.arange(0, pairs[0].shape[0])
-    at = lane // 32 * STRIDE + lane % 32 // 8 * 64 + lane % 4 * 16 + lane // 4 % 2 * 8
-    arguments: tl.constexpr = "=&r,r,r,r,r,r"
-    scale = tl.inline_asm_elementwise(CODE, arguments, [pairs[0], pairs[1], pairs[2], pairs[3], at], tl.int32, False, 1)
+    lane = tl.arange(0, fours[0].shape[0])
+    at = lane // 32 * STRIDE + lane % 32 // 8 * 64 + lane % 2 * 32 + lane % 8 // 4 * 8 + lane // 2 % 2 * 4
+    scale = tl.inline_asm_elementwise(CODE, "=&r,l,l,r", [fours[0], fours[1], at], tl.int32, False, 1)
     return scale.to(tl.float32, bitcast=True)
 
 
@@ -247,13 +250,13 @@ def weight_of(bits, dtype):
 
 @triton.jit
 def add_block(
-    acc, words, steps, pairs, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    acc, words, steps, fours, S: tl.constexpr, KW: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     KIND: tl.constexpr, DT: tl.constexpr,
 ):  # fmt: skip
     """acc fp32 [S, KW, 8, 4, 2, 2], whose last two dimensions are rows, 8 apart, and digits, plus the products of a
-    block for each warp: ``words`` and ``steps`` as decode.py loads them, ``pairs`` of x."""
+    block for each warp: ``words`` and ``steps`` as decode.py loads them, ``fours`` of x."""
     SPAN: tl.constexpr = min(GROUP, 128)  # columns under one step, and in one sum
-    scale = tl.reshape(_cut_up(pairs, DT), (S, KW, 8, 4, 1, 1))
+    scale = tl.reshape(_cut_up(fours, DT), (S, KW, 8, 4, 1, 1))
     digits = ()
     for start in tl.static_range(0, 256, SPAN):
         if start % 64 == 0:

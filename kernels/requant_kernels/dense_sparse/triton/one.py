@@ -24,7 +24,7 @@ from requant_kernels.dense_sparse.triton.decode import (
     without_steps,
     words_of,
 )
-from requant_kernels.dense_sparse.triton.digits import add_block, columns, load_pairs, reserve, weight_of
+from requant_kernels.dense_sparse.triton.digits import add_block, columns, load_fours, reserve, weight_of
 from requant_kernels.dense_sparse.triton.finish import WHOLE, finish
 from requant_kernels.dense_sparse.triton.gather import (
     add_lanes,
@@ -130,6 +130,7 @@ def one_kernel(
         slots_at += KW * Q * 32
         soon = fetch_near(slots_at, at, inside, Q, FULL)  # those of the next blocks
         products = tl.zeros((T * 32,), tl.float32)
+        owners = tl.load(owners_ptr + strip_of * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         rest = beside + split * KW + group % KW
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
@@ -147,7 +148,7 @@ def one_kernel(
     if DIGITS:
         k = (lo + group % KW) * 256 + columns(T)
         x_at = x_ptr + k
-        pairs = load_pairs(x_at, k, last, EVEN)
+        fours = load_fours(x_at, k, last, EVEN)
         acc = tl.zeros((S, KW, 8, 4, 2, 2), tl.float32)
     else:
         acc = tl.zeros((BATCH, ROWS, 1), tl.float32)
@@ -155,7 +156,7 @@ def one_kernel(
         if Q:
             gathered = gather_all(x_ptr, slots, Q)
         if DIGITS:
-            acc = add_block(acc, words, steps, pairs, S, KW, BITS, GROUP, KIND, DT)
+            acc = add_block(acc, words, steps, fours, S, KW, BITS, GROUP, KIND, DT)
         else:
             for start in tl.static_range(0, 256, COLUMNS):
                 k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, COLUMNS)[None, :, None]
@@ -181,7 +182,7 @@ def one_kernel(
             if DIGITS:
                 k += KW * 256
                 x_at += KW * 256
-                pairs = load_pairs(x_at, k, last, EVEN)
+                fours = load_fours(x_at, k, last, EVEN)
             if Q:
                 slots = soon
                 at += KW * Q
@@ -191,8 +192,6 @@ def one_kernel(
         most = most_chunks(bounds_ptr, first, S)
     if MORE:  # looked up again: what is kept takes registers while blocks want them
         places = locate_strips(further_ptr, strip + group // KW, first < strips, depth, strips)
-    if Q:
-        owners = tl.load(owners_ptr + (strip + group // KW) * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         products = add_products(products, gather_all(x_ptr, left, REST), left, REST, DT)
     if MORE:
