@@ -83,14 +83,12 @@ def middle_kernel(
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
     if ROUNDS and PTX:
         reserve(S)
+        fetched = ()
         located = ()
         for h in tl.static_range(STACK):
-            located = located + (  # noqa: RUF005 (triton knows no *)
-                locate(starts_at + h * starts_below, PATCHES * lo, None, PATCHES),
-            )
-    if ROUNDS and PTX and not LATE:
-        fetched = fetch(entries_ptr, located[0], ROUNDS)
-        located = (locate(starts_at, PATCHES * (lo + 1), None, PATCHES),)
+            at = starts_at + h * starts_below
+            fetched = fetched + (fetch(entries_ptr, locate(at, PATCHES * lo, None, PATCHES), ROUNDS),)  # noqa: RUF005
+            located = located + (locate(at, PATCHES * (lo + 1), None, PATCHES),)  # noqa: RUF005
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
         ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
@@ -108,6 +106,7 @@ def middle_kernel(
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             sums = ()
+            ahead = ()
             further = ()
             for h in tl.static_range(STACK):
                 if start == 0:
@@ -122,23 +121,13 @@ def middle_kernel(
                         steps = load_steps(
                             steps_at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN
                         )
-                    if ROUNDS and PTX:
-                        if LATE:
-                            entries = fetch(entries_ptr, located[h], ROUNDS)
-                        else:
-                            entries = fetched
-                            fetched = fetch(entries_ptr, located[h], ROUNDS)
-                        after = span + (1 if LATE else 2)
-                        at = starts_at + h * starts_below
-                        live = after < hi if LATE else None  # under one flag they take fewer registers
-                        further = further + (locate(at, PATCHES * after, live, PATCHES),)  # noqa: RUF005
                 pairs = ()
                 places = ()
                 for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
                     if PTX:
                         if patch > start // PATCH:
-                            clear(places, entries[patch - 1], ROUNDS)
-                        places = put(entries[patch], ROUNDS)
+                            clear(places, fetched[h][patch - 1], ROUNDS)
+                        places = put(fetched[h][patch], ROUNDS)
                         pairs = pairs + read(words[0], S, 1)
                     else:
                         at = starts_at + h * starts_below
@@ -149,9 +138,14 @@ def middle_kernel(
                 )  # fmt: skip
                 sums = sums + (tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc[h]),)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
-                    clear(places, entries[(start + COLUMNS) // PATCH - 1], ROUNDS)
+                    clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], ROUNDS)
+                    if start + COLUMNS == SPAN:
+                        ahead = ahead + (fetch(entries_ptr, located[h], ROUNDS),)  # noqa: RUF005
+                        at = starts_at + h * starts_below
+                        further = further + (locate(at, PATCHES * (span + 2), None, PATCHES),)  # noqa: RUF005
             acc = sums
-            if ROUNDS and PTX and start == 0:
+            if ROUNDS and PTX and start + COLUMNS == SPAN:
+                fetched = ahead
                 located = further
 
     number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * STACK
