@@ -82,7 +82,7 @@ def source(variant: Variant) -> Any:
     return ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attributes)
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
@@ -92,13 +92,13 @@ def _run(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, str]:
+def nvidia(kernel: Any) -> tuple[int, int, str]:
     """(registers, instructions that spill to local memory, machine code)."""
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(kernel.asm["cubin"])
-        usage = _run(_tool("cuobjdump"), "-res-usage", str(binary))
-        code = _run(_tool("cuobjdump"), "-sass", str(binary))
+        usage = _run(tool("cuobjdump"), "-res-usage", str(binary))
+        code = _run(tool("cuobjdump"), "-sass", str(binary))
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, "cuobjdump of triton's wheel reports otherwise than expected"
     return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", code)), code
@@ -124,7 +124,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     except Exception as error:  # whatever the compiler raises is this variant's result
         last = [line for line in str(error).splitlines() if line.strip()][-1:]
         return Report(variant.name, target, failure=f"does not compile: {type(error).__name__} {' '.join(last)[:160]}")
-    registers, spill, code = _nvidia(kernel) if target in NVIDIA else _amd(kernel)
+    registers, spill, code = nvidia(kernel) if target in NVIDIA else _amd(kernel)
     found = next((name for name, pattern in reversed(MATRIX.items()) if re.search(pattern, code)), "")
     declared = re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm.get("ptx", ""))  # by a kernel itself (patch.py)
     shared, wanted = kernel.metadata.shared + sum(map(int, declared)), variant.targets[target]

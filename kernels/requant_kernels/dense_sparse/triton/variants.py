@@ -66,7 +66,7 @@ def _expected(tile: Tile | None, target: str) -> str:
     return {"90": "wgmma", "100": "tcgen05"}.get(target, "mma")
 
 
-def _variant(  # noqa: PLR0917
+def variant(  # noqa: PLR0917
     table: str,
     rule: Tile | Decode,
     bits: int,
@@ -133,32 +133,32 @@ def _every() -> Iterator[Variant]:
             used = _distinct(tile for tile in table.tiles if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
             for tile, crowded in product(used, (True, False) if sparse else (False,)):
                 for split in (WHOLE, HERE, LATER) if sparse and tile.kernel == "one" else (WHOLE, HERE):
-                    yield _variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
+                    yield variant(name, tile, bits, group, kind, dtype, sparse, split, crowded)
                 if tile.kernel == "one" and sparse and not crowded:
-                    yield _variant(name, tile, bits, group, kind, dtype, thin=True)
+                    yield variant(name, tile, bits, group, kind, dtype, thin=True)
             for crowded in (True, False) if sparse else (False,):
-                yield _variant(name, table.decode, bits, group, kind, dtype, sparse, crowded=crowded)
+                yield variant(name, table.decode, bits, group, kind, dtype, sparse, crowded=crowded)
             for tile, rounds in product((*used, table.decode), ROUNDS[:1] + ROUNDS[2:-1] if sparse else ()):
                 if not isinstance(tile, Tile) or tile.kernel == "middle":
-                    yield _variant(name, tile, bits, group, kind, dtype, sparse, rounds=rounds)
+                    yield variant(name, tile, bits, group, kind, dtype, sparse, rounds=rounds)
 
 
 def _large(hopper: Table) -> Iterator[Variant]:
     """What is near the limit of the registers on Hopper: tiles of more than 32 tokens, several rounds of patches."""
     sixteen, sixty_four, most = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128))
     for tile in (most, narrowed(most, 8)):
-        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
-        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", split=HERE)
-        yield _variant("h200", tile, 2, 32, ASYMMETRIC, "fp16", crowded=True)
+        yield variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
+        yield variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", split=HERE)
+        yield variant("h200", tile, 2, 32, ASYMMETRIC, "fp16", crowded=True)
     for tokens in (64, 256):
         of_3_bits = hopper.largest(tokens, 3, False)
-        yield _variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "fp16", split=HERE)
+        yield variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "fp16", split=HERE)
         for top in (0, TOP):
-            yield _variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
+            yield variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
     for tokens in (64, 128):
-        yield _variant("h200", hopper.largest(tokens, 8, False), 8, 32, ASYMMETRIC, "bf16")
+        yield variant("h200", hopper.largest(tokens, 8, False), 8, 32, ASYMMETRIC, "bf16")
     for tile, rounds in product((sixteen, sixty_four, most), ROUNDS[:1] + ROUNDS[2:-1]):
-        yield _variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
+        yield variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
 
 
 def _cover() -> Iterator[Variant]:
@@ -167,7 +167,7 @@ def _cover() -> Iterator[Variant]:
         for tile in _distinct(table.tiles):
             kind, group = (CODEBOOK, 256) if tile.codebook else (SYMMETRIC, 128)
             used = (bits for bits in (4, 8, 3, 2) if table.tile(tile.up_to, bits, kind == CODEBOOK) is tile)
-            yield _variant(name, tile, next(used), group, kind, "bf16")
+            yield variant(name, tile, next(used), group, kind, "bf16")
     hopper = tables()["h200"]
     one, sixteen, sixty_four = (hopper.largest(tokens, 4, False) for tokens in (1, 16, 64))
     for bits, group, kind in (
@@ -177,33 +177,33 @@ def _cover() -> Iterator[Variant]:
         (4, 256, CODEBOOK),
         (8, 64, SYMMETRIC),
     ):
-        yield _variant("h200", hopper.largest(1, bits, kind == CODEBOOK), bits, group, kind, "bf16")
-        yield _variant("h200", hopper.decode, bits, group, kind, "bf16")
-        yield _variant("h200", shared_out(hopper.decode, 16), bits, group, kind, "bf16")
-    yield _variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
-    yield _variant("h200", sixteen, 8, 32, ASYMMETRIC, "fp16", split=HERE)
-    yield _variant("h200", sixteen, 8, 128, SYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
-    yield _variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
-    yield _variant("h200", sixteen, 4, 256, CODEBOOK, "bf16")
-    yield _variant("h200", sixteen, 3, 64, ASYMMETRIC, "bf16", crowded=True)
+        yield variant("h200", hopper.largest(1, bits, kind == CODEBOOK), bits, group, kind, "bf16")
+        yield variant("h200", hopper.decode, bits, group, kind, "bf16")
+        yield variant("h200", shared_out(hopper.decode, 16), bits, group, kind, "bf16")
+    yield variant("h200", one, 4, 128, SYMMETRIC, "fp16", sparse=False)
+    yield variant("h200", sixteen, 8, 32, ASYMMETRIC, "fp16", split=HERE)
+    yield variant("h200", sixteen, 8, 128, SYMMETRIC, "bf16", split=HERE)
+    yield variant("h200", sixteen, 4, 32, ASYMMETRIC, "fp16", split=HERE)
+    yield variant("h200", sixteen, 8, 16, ASYMMETRIC, "fp16", split=HERE)
+    yield variant("h200", sixteen, 4, 256, CODEBOOK, "bf16")
+    yield variant("h200", hopper.largest(16, 3, False), 3, 64, ASYMMETRIC, "bf16", crowded=True)
     yield from _large(hopper)
     for tile in (one, sixteen, sixty_four):
-        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
-        yield _variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
-    yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
-    yield _variant("h200", one, 4, 128, SYMMETRIC, "bf16", thin=True)
-    yield _variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
+        yield variant("h200", tile, 4, 128, SYMMETRIC, "bf16", crowded=True)
+        yield variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
+    yield variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
+    yield variant("h200", one, 4, 128, SYMMETRIC, "bf16", thin=True)
+    yield variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
     for tokens in (32, 64, 128):
-        yield _variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
-    yield _variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
+        yield variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
+    yield variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
         for tokens in (1, 8, 16, 32, 64, 1024):
             found = tables()[name].tile(tokens, 4, False)
             if found and found.up_to == tokens:
-                yield _variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
-    yield _variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
-    yield _variant("h200", hopper.decode, 3, 64, ASYMMETRIC, "bf16", crowded=True)
+                yield variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
+    yield variant("default", tables()["default"].decode, 4, 128, SYMMETRIC, "bf16")
+    yield variant("h200", hopper.decode, 3, 64, ASYMMETRIC, "bf16", crowded=True)
 
 
 def _fixups() -> Iterator[Variant]:

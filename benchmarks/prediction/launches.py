@@ -1,0 +1,165 @@
+"""Launches of the shipped tables, or of another tile, on a layer: what is compiled, how many programs, their paths."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from requant_kernels import aot
+from requant_kernels.dense_sparse.triton.launch import fitted, grid_of, rest_at_once
+from requant_kernels.dense_sparse.triton.layer import HERE, SYMMETRIC, WHOLE, Beside, Layer, build
+from requant_kernels.dense_sparse.triton.strips import STRIP
+from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out
+from requant_kernels.dense_sparse.triton.variants import variant
+from requant_kernels.gpu import FP_FUSION
+
+from benchmarks.kernel_timing.layers import Setting, random_weight
+from benchmarks.kernel_timing.shapes import Shape
+from benchmarks.prediction.code import Instruction, disassemble, longest_loop, parse, path
+from benchmarks.prediction.gpus import REGISTERS, WARPS, Gpu
+from benchmarks.prediction.processor import Access, Processor
+
+SAMPLE = 256  # rows of which a layer's slots and patches are laid out, to know how many there are of each
+ROUNDS = 3  # of programs that a processor goes through; what comes after them is taken to go on like that
+RESERVED = 1024  # bytes of shared memory that CUDA takes from each program
+PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
+
+# Of what functions of the kernels read, all but codes, 16 bytes a lane, whose lanes share words: bytes of a warp. All
+# other reads of theirs bring 32 lanes what they ask for, from memory.
+_SHARED = {"_load": 32, "locate": 8, "locate_strips": 8, "deepest": 8, "fetch": 64, "load_levels": 64, "load_rows": 64}
+_LEVELS = {"gather_all": "gather", "load_fours": "l1", "middle_kernel": "l2", "added_up": "l2", "all_arrived": "l2"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    code: list[Instruction]
+    warps: int
+    registers: int
+    shared: int
+
+    def resident(self, gpu: Gpu) -> int:
+        """Programs that fit a processor at a time."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(REGISTERS // registers, WARPS // self.warps, gpu.shared // (self.shared + RESERVED))
+
+
+@dataclass(frozen=True)
+class Load:
+    """A symmetric layer in bfloat16 at one number of tokens."""
+
+    shape: Shape
+    bits: int
+    group: int
+    density: float
+    tokens: int
+
+
+def access(one: Instruction) -> Access | None:
+    """Of global memory; None of shared memory, and of what is no access."""
+    if one.base not in ("LDG", "LDGSTS", "STG", "ATOMG", "RED"):
+        return None
+    if one.base == "STG":
+        return Access("memory", 32 * one.bytes)
+    narrow = one.bytes < 16 and one.function in _SHARED
+    return Access(_LEVELS.get(one.function, "memory"), _SHARED[one.function] if narrow else 32 * one.bytes)
+
+
+@cache
+def compiled(table: str, rule: Tile | Decode, load: Load, target: str, split: int) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as triton_compile
+
+    one = variant(table, rule, load.bits, load.group, SYMMETRIC, "bf16", sparse=load.density > 0, split=split)
+    layer, full = _laid_out(load)
+    constants = dict(one.constants)
+    if "ROUNDS" in constants:
+        constants["ROUNDS"] = layer.rounds
+    elif load.density:
+        rest, more = rest_at_once(layer.rest, rule.k_warps, layer.group, layer.kind)
+        constants |= {"Q": layer.steps, "REST": rest, "MORE": more, "FULL": full}
+    one = replace(one, constants=constants)
+    options = {"num_warps": one.warps, "num_stages": one.stages, **FP_FUSION}
+    kernel = triton_compile(aot.source(one), target=GPUTarget("cuda", int(target), 32), options=options)
+    declared = sum(map(int, re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm["ptx"])))
+    registers, _, _ = aot.nvidia(kernel)
+    code = parse(disassemble(aot.tool("nvdisasm"), kernel.asm["cubin"]))
+    return Compiled(code, one.warps, registers, kernel.metadata.shared + declared)
+
+
+@cache
+def _laid_out(load: Load) -> tuple[Layer, bool]:
+    """As many rows of the layer as its shape has, and whether every block of columns has its steps of slots."""
+    setting = Setting(torch.device("cpu"), torch.bfloat16)
+    sample = replace(load.shape, rows=SAMPLE)
+    tensors, ints = build(random_weight(sample, load.bits, load.group, load.density, setting))
+    layer, strips = Layer.of(ints), load.shape.rows // STRIP
+    full = not load.density or tensors["sparse_slots"].shape[1] >= layer.blocks * layer.steps
+    return replace(layer, strips=strips, beside_slots=Beside(strips, 0, 0)), full
+
+
+def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[int]]:
+    """What warps of a program go through, of each of ``splits`` programs that share a tile: of these the last one alone
+    adds the shares up."""
+    loop = longest_loop(code)
+    peeled = any("MMA" in one.name for one in code[: loop.start])  # the first iteration
+    head = [*path(code, 0, loop.start), *list(loop) * (iterations - peeled)]
+    tail = path(code, loop.stop, len(code))
+    first_exit = next(i for i, at in enumerate(tail) if code[at].base == "EXIT")
+    return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]
+
+
+def _seconds(one: Compiled, paths: list[list[int]], programs: int, gpu: Gpu) -> float:
+    """Of ``programs`` on all processors."""
+    each, resident = -(-programs // gpu.processors), one.resident(gpu)
+    run = min(each, ROUNDS * resident)
+    processor = Processor(one.code, access, gpu, one.warps)
+    return processor.run(paths, run, resident) * (each / run) / gpu.clock + gpu.launch
+
+
+def tile_seconds(gpu: Gpu, tile: Tile, load: Load) -> float:
+    layer, _ = _laid_out(load)
+    token_tiles = -(-load.tokens // tile.tokens)
+    tile = fitted(layer, tile, token_tiles)
+    token_tiles, row_tiles, splits = grid_of(layer, tile, token_tiles)
+    steps = -(-layer.blocks // tile.k_warps) if tile.kernel == "one" else layer.blocks * 256 // tile.span
+    one = compiled(
+        gpu.table, replace(tile, up_to=tile.tokens), replace(load, tokens=1), gpu.target, HERE if splits > 1 else WHOLE
+    )
+    return _seconds(one, _paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits, gpu)
+
+
+def decode_seconds(gpu: Gpu, decode: Decode, load: Load) -> float:
+    """A slice of the layer at a time: its decoding, then the library's product."""
+    columns = load.shape.columns
+    layer, _ = _laid_out(load)
+    decode = shared_out(decode, layer.blocks)
+    one = compiled(gpu.table, decode, replace(load, tokens=1), gpu.target, WHOLE)
+    paths = _paths(one.code, -(-layer.blocks // decode.k_warps), 1)
+    step, total = decode.slice_rows(load.shape.rows, columns), 0.0
+    for start in range(0, load.shape.rows, step):
+        rows = min(step, load.shape.rows - start)
+        total += _seconds(one, paths, -(-rows // (STRIP * decode.strips)), gpu) + product_seconds(
+            gpu, rows, columns, load.tokens
+        )
+    return total
+
+
+def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int) -> float:
+    """The library's product in bfloat16: as its bytes or its operations take, on the processors that have a tile."""
+    tiles = -(-tokens // PRODUCT_TILE) * -(-rows // PRODUCT_TILE)
+    busy = min(1.0, tiles / (-(-tiles // gpu.processors) * gpu.processors)) if tokens > PRODUCT_TILE else 1.0
+    moved = 2 * (rows * columns + tokens * (rows + columns)) / (gpu.memory * gpu.processors * gpu.clock)
+    return max(moved, 2 * tokens * rows * columns / gpu.product / busy) + gpu.launch
+
+
+def seconds(gpu: Gpu, table: Table, load: Load) -> float:
+    tile = table.tile(load.tokens, load.bits, False)
+    return tile_seconds(gpu, tile, load) if tile else decode_seconds(gpu, table.decode, load)
+
+
+Predict = Callable[[Load], float]
+
+
+def predictor(gpu: Gpu, table: Table) -> Predict:
+    return partial(seconds, gpu, table)

@@ -1,0 +1,115 @@
+"""Predictions from machine code: the model's units do what they are meant to, and a kernel's code is understood."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from requant_kernels.dense_sparse.triton.table import tables
+
+from benchmarks.kernel_timing.shapes import Shape
+from benchmarks.prediction import launches
+from benchmarks.prediction.code import Instruction, longest_loop, path
+from benchmarks.prediction.gpus import H200
+from benchmarks.prediction.processor import Access, Processor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler's cache would be the GPU's")
+
+
+def _one(name: str, **fields: object) -> Instruction:
+    plain = {"operands": "", "predicate": "", "stall": 1, "written": None, "read": None, "waits": (), "function": ""}
+    return Instruction(name, **plain | fields)
+
+
+def _cycles(code: list[Instruction], warps: int = 1, programs: int = 1, resident: int = 64, **access: Access) -> float:
+    def place(one: Instruction) -> Access | None:
+        return access.get(one.function)
+
+    return Processor(code, place, H200, warps).run([list(range(len(code)))], programs, resident)
+
+
+def test_a_scheduler_issues_one_instruction_a_cycle() -> None:
+    code = [_one("FFMA")] * 100
+    assert _cycles(code) == pytest.approx(100, abs=5)
+    assert _cycles(code, warps=4) == pytest.approx(100, abs=20)
+    assert _cycles(code, warps=8) == pytest.approx(200, abs=20)
+
+
+def test_whole_numbers_have_half_the_lanes() -> None:
+    assert _cycles([_one("LOP3")] * 100) == pytest.approx(200, abs=5)
+    mixed = [_one("LOP3"), _one("FFMA")] * 50
+    assert _cycles(mixed) == pytest.approx(100, abs=5)
+
+
+def test_a_stall_holds_back_its_warp_alone() -> None:
+    code = [_one("FFMA", stall=10)] * 10
+    assert _cycles(code) == pytest.approx(91, abs=5)
+    assert _cycles(code, warps=16) == pytest.approx(91, abs=20)
+
+
+def test_who_waits_for_a_scoreboard_waits_for_the_memory() -> None:
+    load = _one("LDG.E", written=2, function="load")
+    access = {"load": Access("memory", 128)}
+    alone = _cycles([load, _one("FFMA")], **access)
+    waited = _cycles([load, _one("FFMA", waits=(2,))], **access)
+    assert alone < 20
+    assert waited == pytest.approx(H200.to_memory + 128 / H200.memory, abs=10)
+    # What shares a scoreboard is waited for as well, as fast as it would have been there itself.
+    near = [load, _one("LDG.E", written=2, function="near"), _one("FFMA", waits=(2,))]
+    assert _cycles(near, near=Access("l1", 128), **access) >= waited
+
+
+def test_memory_is_shared_out() -> None:
+    code = [_one("LDG.E.128", written=0, function="load")] * 50 + [_one("FFMA", waits=(0,))]
+    cycles = _cycles(code, warps=8, programs=16, load=Access("memory", 512))
+    assert cycles == pytest.approx(16 * 8 * 50 * 512 / H200.memory + H200.to_memory, rel=0.02)
+
+
+def test_programs_that_do_not_fit_come_later() -> None:
+    code = [_one("FFMA", stall=4)] * 100
+    assert _cycles(code, programs=4, resident=4) < 450
+    assert _cycles(code, programs=4, resident=1) > 1600
+
+
+def test_a_barrier_waits_for_the_slowest_warp() -> None:
+    """Warps of one program take the same path, on one scheduler one after the other where the unit is busy."""
+    code = [*[_one("LOP3")] * 20, _one("BAR.SYNC"), _one("FFMA")]
+    assert _cycles(code, warps=8) >= 2 * 2 * 20 + 20
+
+
+def test_copies_are_waited_for_by_their_number() -> None:
+    copy, group = _one("LDGSTS.E.128", function="load"), _one("LDGDEPBAR")
+    access = {"load": Access("memory", 512)}
+    for allowed, least, most in (("0x0", H200.to_memory, 1e9), ("0x1", 0, 100)):
+        code = [copy, group, _one("DEPBAR.LE", operands=f"SB0, {allowed}"), _one("FFMA")]
+        assert least <= _cycles(code, **access) <= most
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
+def test_a_launch(tokens: int) -> None:
+    """No layer takes less time than its bytes, nor less with entries than without; four times as many rows as
+    fill the GPU take longer."""
+    table = tables()["h200"]
+    load = launches.Load(Shape("", "", 16384, 1024), 4, 128, 0.005, tokens)
+    time = launches.seconds(H200, table, load)
+    whole = H200.memory * H200.processors * H200.clock
+    assert time > load.shape.weights / 2 / whole
+    assert time < 100e-6 * max(1, tokens / 64)
+    assert launches.seconds(H200, table, replace(load, density=0.0)) < time
+    larger = replace(load, shape=replace(load.shape, rows=65536))
+    assert launches.seconds(H200, table, larger) > 1.5 * time
+
+
+def test_loads_are_told_apart() -> None:
+    table = tables()["h200"]
+    load = launches.Load(Shape("", "", 16384, 1024), 4, 128, 0.005, 1)
+    code = launches.compiled("h200", table.tiles[0], load, "90", 0).code
+    loop = longest_loop(code)
+    found = [launches.access(code[at]) for at in loop if code[at].base == "LDG"]
+    levels = [access.level for access in found if access]
+    # two fours of x, x at the columns of a slot; four sets of codes, two rows' steps, a slot
+    assert sorted(levels) == ["gather", "l1", "l1", *["memory"] * 7]
+    assert sum(access.bytes for access in found if access and access.level == "memory") == 4 * 512 + 2 * 32 + 128
+    assert all(code[at].written is not None for at in loop if code[at].base == "LDG")
+    whole = path(code, 0, len(code))
+    assert code[whole[-1]].base == "EXIT"
+    assert loop.start in whole
