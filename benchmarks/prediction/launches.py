@@ -28,7 +28,14 @@ PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
 # Of what functions of the kernels read, all but codes, 16 bytes a lane, whose lanes share words: bytes of a warp. All
 # other reads of theirs bring 32 lanes what they ask for, from memory.
 _SHARED = {"_load": 32, "locate": 8, "locate_strips": 8, "deepest": 8, "fetch": 64, "load_levels": 64, "load_rows": 64}
-_LEVELS = {"gather_all": "gather", "load_fours": "l1", "middle_kernel": "l2", "added_up": "l2", "all_arrived": "l2"}
+_LEVELS = {
+    "gather_all": "gather",
+    "load_fours": "l1",
+    "middle_kernel": "l2",
+    "added_up": "l2",
+    "all_arrived": "l2",
+    "locate": "l1",
+}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ def middle_kernel(
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = 16 * S
-    LATE: tl.constexpr = TOKENS * STACK > 128  # so many sums leave no registers for steps and entries of the next span
     SPANS: tl.constexpr = 256 // SPAN  # of a block
     PATCHES: tl.constexpr = SPAN // PATCH
     first = tl.program_id(1) * (S * STACK)
@@ -72,11 +71,8 @@ def middle_kernel(
     words_at += tl.arange(0, 128)[None, :]
     steps_at = scales_ptr + first * 16
     levels = ()
-    steps = ()
     if KIND == CODEBOOK:
         levels = load_levels(steps_at, width, BITS, S)
-    elif not LATE:
-        steps = load_steps(steps_at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
     words_below = S * blocks.to(tl.int64) * (BITS * 128)
     starts_below = S * blocks * 2
     if ROUNDS:
@@ -84,11 +80,9 @@ def middle_kernel(
     if ROUNDS and PTX:
         reserve(S)
         fetched = ()
-        located = ()
         for h in tl.static_range(STACK):
-            at = starts_at + h * starts_below
-            fetched = fetched + (fetch(entries_ptr, locate(at, PATCHES * lo, None, PATCHES), ROUNDS),)  # noqa: RUF005
-            located = located + (locate(at, PATCHES * (lo + 1), None, PATCHES),)  # noqa: RUF005
+            starts = locate(starts_at + h * starts_below, PATCHES * lo, None, PATCHES)
+            fetched = fetched + (fetch(entries_ptr, starts, ROUNDS),)  # noqa: RUF005
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
         ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
@@ -107,20 +101,16 @@ def middle_kernel(
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
             sums = ()
             ahead = ()
-            further = ()
             for h in tl.static_range(STACK):
                 if start == 0:
                     at = words_at + h * words_below + span * (BITS * SPAN // 2)
                     words = load_words(at, None, BITS // SPANS, S, 1)
                     now = ()
-                    if KIND != CODEBOOK and LATE:
+                    if KIND != CODEBOOK:
                         at = steps_at + h * R
                         now = load_steps(at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
-                    elif KIND != CODEBOOK:
-                        now = steps
-                        steps = load_steps(
-                            steps_at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN
-                        )
+                    if ROUNDS and PTX:
+                        located = locate(starts_at + h * starts_below, PATCHES * (span + 1), None, PATCHES)
                 pairs = ()
                 places = ()
                 for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
@@ -139,14 +129,11 @@ def middle_kernel(
                 sums = sums + (tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc[h]),)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
                     clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], ROUNDS)
-                    if start + COLUMNS == SPAN:
-                        ahead = ahead + (fetch(entries_ptr, located[h], ROUNDS),)  # noqa: RUF005
-                        at = starts_at + h * starts_below
-                        further = further + (locate(at, PATCHES * (span + 2), None, PATCHES),)  # noqa: RUF005
+                    if start + COLUMNS == SPAN:  # the last ones' registers are free
+                        ahead = ahead + (fetch(entries_ptr, located, ROUNDS),)  # noqa: RUF005
             acc = sums
             if ROUNDS and PTX and start + COLUMNS == SPAN:
                 fetched = ahead
-                located = further
 
     number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * STACK
     for h in tl.static_range(STACK):

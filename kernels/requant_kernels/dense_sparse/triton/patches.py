@@ -17,7 +17,7 @@ from requant_kernels.sparse import SparsePart
 PATCH = BLOCK // 2  # columns
 LANES = 32
 PLANE = 512  # bytes: 16 rows x 16 columns of 2
-SPARE_PATCHES = 4  # kernels may read, never use, where so many behind the last one begin
+SPARE_PATCHES = 2  # kernels may read, never use, where so many behind the last one begin
 AHEAD = 8  # rounds at most whose entries a lane has fetched before they are wanted
 ROUNDS = (1, 2, 4, AHEAD, AHEAD + 1)  # of a layer's kernels: the last takes what it has not fetched one by one
 
