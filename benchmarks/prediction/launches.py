@@ -87,7 +87,7 @@ def compiled(table: str, rule: Tile | Decode, load: Load, target: str, split: in
         constants |= {"Q": layer.steps, "REST": rest, "MORE": more, "FULL": full}
     one = replace(one, constants=constants)
     options = {"num_warps": one.warps, "num_stages": one.stages, **FP_FUSION}
-    kernel = triton_compile(aot.source(one), target=GPUTarget("cuda", int(target), 32), options=options)
+    kernel = triton_compile(aot.source(one, target), target=GPUTarget("cuda", int(target), 32), options=options)
     declared = sum(map(int, re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm["ptx"])))
     registers, _, _ = aot.nvidia(kernel)
     code = parse(disassemble(aot.tool("nvdisasm"), kernel.asm["cubin"]))

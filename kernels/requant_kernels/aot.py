@@ -40,8 +40,9 @@ MATRIX = {  # instruction -> how machine code shows it
 
 @dataclass(frozen=True)
 class Variant:
-    """One compilation. ``signature``: argument -> triton type; ``constants``: constexpr -> value; ``aligned``: integer
-    arguments that are multiples of 16; ``targets``: target -> matrix instruction expected there ("" for none)."""
+    """One compilation. ``signature``: argument -> triton type; ``constants``: constexpr -> value, or a function of the
+    target; ``aligned``: integer arguments that are multiples of 16; ``targets``: target -> matrix instruction expected
+    there ("" for none)."""
 
     name: str
     kernel: Any
@@ -71,7 +72,7 @@ class Report:
     failure: str = ""
 
 
-def source(variant: Variant) -> Any:
+def source(variant: Variant, target: str) -> Any:
     """The variant as triton's compiler takes it."""
     from triton.compiler import ASTSource
 
@@ -79,7 +80,8 @@ def source(variant: Variant) -> Any:
     signature = {name: variant.signature.get(name, "constexpr") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in variant.aligned]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return ASTSource(variant.kernel, signature, constexprs=dict(variant.constants), attrs=attributes)
+    constants = {name: value(target) if callable(value) else value for name, value in variant.constants.items()}
+    return ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def tool(name: str) -> str:
@@ -120,7 +122,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, **FP_FUSION}
     try:
-        kernel = triton.compile(source(variant), target=gpu, options=options)
+        kernel = triton.compile(source(variant, target), target=gpu, options=options)
     except Exception as error:  # whatever the compiler raises is this variant's result
         last = [line for line in str(error).splitlines() if line.strip()][-1:]
         return Report(variant.name, target, failure=f"does not compile: {type(error).__name__} {' '.join(last)[:160]}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from requant_kernels import reference
 from requant_kernels.dense_sparse.interface import LayerConfig
+from requant_kernels.dense_sparse.triton import launch
 from requant_kernels.dense_sparse.triton.implementation import Triton
 from requant_kernels.dense_sparse.triton.table import Table, Tile, tables
 from requant_kernels.dense_sparse.triton.variants import TARGETS
@@ -70,6 +71,16 @@ GRID = {
 def test_compiled(case):
     with emulated(int(TARGETS[case.gpu][0])):
         check(case)
+
+
+@pytest.mark.parametrize(
+    "case", ["a100, 16 tokens", "a100, 60 tokens", "16 tokens, W3 asymmetric", "60 tokens, codebook"]
+)
+def test_columns_in_fours(case, monkeypatch):
+    """As Triton before 3.8 wants them where ``mma`` multiplies: the same with any."""
+    monkeypatch.setattr(launch, "in_fours", lambda tokens, target: True)
+    with emulated(int(TARGETS[GRID[case].gpu][0])):
+        check(GRID[case])
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 60])

@@ -20,6 +20,7 @@ from requant_kernels.gpu import FP_FUSION
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
 PTX = not triton.knobs.runtime.interpret and torch.version.hip is None  # of our own within the kernels
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 if PTX:
     declared.always_ask()
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
@@ -100,6 +101,19 @@ class Call:
     def patched(self) -> dict[str, Any]:
         """Of kernels that read patches."""
         return {"ROUNDS": self.layer.rounds}
+
+
+def in_fours(tokens: int, target: str) -> bool:
+    """Whether Triton gives the ``mma`` of a GPU, by its capability, operands in fours (middle.py): "" is none. Of tiles
+    of 64 tokens and more it takes x through shared memory another time, were they in that order."""
+    return OLD and tokens < 64 and target not in ("", "90", "100", "103", "gfx942")
+
+
+@cache
+def _target(device: torch.device) -> str:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return ""
+    return "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
 @cache
@@ -237,6 +251,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         COLUMNS=tile.columns,
         SPAN=tile.span,
         STACK=tile.stacks,
+        FOURS=in_fours(tile.tokens, _target(call.x.device)),
         **call.patched,
         **_constants(call, tile, sums),
         **options,

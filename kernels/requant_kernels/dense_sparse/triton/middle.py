@@ -21,6 +21,20 @@ from requant_kernels.dense_sparse.triton.finish import finish
 from requant_kernels.dense_sparse.triton.patch import PATCH, clear, compared, fetch, locate, put, read, reserve
 
 
+@triton.jit
+def in_fours(operand):
+    """[R, K], K a multiple of 32, with columns in an order that is the same for both operands of a product.
+
+    Until 3.7 Triton hands the operands of ``mma`` to threads in fours instead of pairs of columns where one is joined
+    of halves, and exchanges between threads what decode.py has put into pairs. In this order a thread's fours are its
+    two columns of a plane of codes, and those of the next one.
+    """
+    R: tl.constexpr = operand.shape[0]
+    K: tl.constexpr = operand.shape[1]
+    pairs = tl.reshape(operand, (R, K // 32, 2, 2, 4, 2))  # pair of planes, plane of it, half of it, t, column
+    return tl.reshape(tl.permute(pairs, (0, 1, 3, 4, 2, 5)), (R, K))
+
+
 @triton.jit(do_not_specialize=["M", "blocks"], do_not_specialize_on_alignment=["bias_ptr"])
 def middle_kernel(
     x_ptr, out_ptr, shares_ptr, arrived_ptr, bias_ptr, codes_ptr, scales_ptr, entries_ptr, starts_ptr, pairs_ptr,
@@ -28,13 +42,15 @@ def middle_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     S: tl.constexpr, STACK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
+    FOURS: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / (S * STACK), splits of the
     columns), S warps; of routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, .. of one expert, ..).
 
     Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile, of
     which a program has STACK, one below the other, so that x is read once for all of them.
-    entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256.
+    entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256. FOURS: columns are
+    multiplied in the order of ``in_fours``.
     SPAN columns, a block or half of one (not of 3 bits), are copied and decoded at a time, and a product takes COLUMNS
     of them, 128 or 256. Of wgmma the second of two in the same sums begins after the first has ended; beside one that
     is alone weights are decoded, those that it takes and those of the next one.
@@ -99,16 +115,18 @@ def middle_kernel(
                 x = tl.load(x_at + k[None, :])
             else:
                 x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
+            if FOURS:
+                x = in_fours(x)
             sums = ()
             ahead = ()
             for h in tl.static_range(STACK):
                 if start == 0:
                     at = words_at + h * words_below + span * (BITS * SPAN // 2)
                     words = load_words(at, None, BITS // SPANS, S, 1)
-                    now = ()
+                    steps = ()
                     if KIND != CODEBOOK:
                         at = steps_at + h * R
-                        now = load_steps(at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+                        steps = load_steps(at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
                     if ROUNDS and PTX:
                         located = locate(starts_at + h * starts_below, PATCHES * (span + 1), None, PATCHES)
                 pairs = ()
@@ -123,10 +141,13 @@ def middle_kernel(
                         at = starts_at + h * starts_below
                         pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, None, 1), S, 1)
                 w = weights(
-                    words, levels, steps_of(now, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1,
+                    words, levels, steps_of(steps, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1,
                     BITS, GROUP, KIND, DT, PTX,
                 )  # fmt: skip
-                sums = sums + (tl.dot(tl.reshape(w, (R, COLUMNS)), tl.trans(x), acc[h]),)  # noqa: RUF005
+                w = tl.reshape(w, (R, COLUMNS))
+                if FOURS:
+                    w = in_fours(w)
+                sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
                     clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], ROUNDS)
                     if start + COLUMNS == SPAN:  # the last ones' registers are free
