@@ -23,7 +23,7 @@ from requant_kernels.dense_sparse.triton.table import Tile, tables
 
 from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS
 from benchmarks.prediction.gpus import GPUS
-from benchmarks.prediction.launches import Load, predictor, product_seconds
+from benchmarks.prediction.launches import Load, Predictor, product_seconds
 
 DENSITY = 0.005
 COLUMNS = ("tokens", "scheme", "us", "x bf16", "without entries", "entries cost", "each layer")
@@ -36,11 +36,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=lambda text: [int(number) for number in text.split(",")], default=TOKENS)
     parser.add_argument("--scheme", choices=SCHEMES, action="append", help="may be repeated; default: all")
     parser.add_argument("--tile", type=json.loads, help="as the tables' JSON has them")
+    parser.add_argument("--waits", type=int, default=0, help="before how many instructions warps wait longest")
     arguments = parser.parse_args()
     gpu, launches = GPUS[arguments.gpu], tables()[arguments.gpu]
     if arguments.tile:
         launches = replace(launches, tiles=(Tile(**arguments.tile),))
-    predict, rows = predictor(gpu, launches), list[list[object]]()
+    predict, rows = Predictor(gpu, launches), list[list[object]]()
     for tokens in arguments.tokens:
         for scheme in arguments.scheme or SCHEMES:
             loads = [Load(shape, *SCHEMES[scheme], DENSITY, tokens) for shape in MODELS[arguments.model]]
@@ -54,6 +55,13 @@ def main() -> int:
             print(*rows[-1], file=sys.stderr, flush=True)
     print(f"{gpu.name}, {arguments.model}, {DENSITY:.1%} entries, triton {triton.__version__}\n")
     print(table(COLUMNS, rows))
+    if arguments.waits:
+        total = predict.waits.total()
+        most = [
+            [line, name, f"{waited / total:.0%}"] for (line, name), waited in predict.waits.most_common(arguments.waits)
+        ]
+        print("\nOf the cycles that warps wait, with entries and without:\n")
+        print(table(("line", "instruction", "share"), most))
     return 0
 
 

@@ -22,8 +22,8 @@ _CONTROL = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 @dataclass(frozen=True)
 class Instruction:
     """``stall``: cycles before the warp's next one; ``written`` and ``read``: the scoreboards that it gives back when
-    its result is there, and when its operands have been read; ``waits``: those that must be free before; ``function``:
-    which one of Triton's source it comes from; ``target``: where a branch goes, an index."""
+    its result is there, and when its operands have been read; ``waits``: those that must be free before; ``function``
+    and ``line``: where in Triton's source it comes from; ``target``: where a branch goes, an index."""
 
     name: str
     operands: str
@@ -33,6 +33,7 @@ class Instruction:
     read: int | None
     waits: tuple[int, ...]
     function: str
+    line: str
     target: int | None = None
 
     @property
@@ -70,11 +71,11 @@ def disassemble(tool: str, binary: bytes) -> str:
 
 def parse(text: str) -> list[Instruction]:
     """What nvdisasm prints of a kernel."""
-    place, labels, pending = "", dict[str, int](), None
+    place, labels, pending = ("", ""), dict[str, int](), None
     found: list[Instruction] = []
     for line in text.splitlines():
         if match := _LINE.search(line):
-            place = _function(match[1], int(match[2]))
+            place = _function(match[1], int(match[2])), f"{Path(match[1]).name}:{match[2]}"
         elif match := _LABEL.match(line):
             labels[match[1]] = len(found)
         elif match := _INSTRUCTION.search(line):
@@ -84,7 +85,7 @@ def parse(text: str) -> list[Instruction]:
             waits = tuple(i for i in range(SCOREBOARDS) if bits >> 11 + i & 1)
             boards = _scoreboard(bits >> 5 & 7), _scoreboard(bits >> 8 & 7)
             found.append(
-                Instruction(pending[3], pending[4].strip(), pending[2] or "", bits & 15, *boards, waits, place)
+                Instruction(pending[3], pending[4].strip(), pending[2] or "", bits & 15, *boards, waits, *place)
             )
             pending = None
     return [_resolved(one, labels) for one in found]

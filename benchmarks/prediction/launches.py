@@ -1,15 +1,15 @@
 """Launches of the shipped tables, or of another tile, on a layer: what is compiled, how many programs, their paths."""
 
 import re
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 
 import torch
 from requant_kernels import aot
 from requant_kernels.dense_sparse.triton.launch import fitted, grid_of, rest_at_once
 from requant_kernels.dense_sparse.triton.layer import HERE, SYMMETRIC, WHOLE, Beside, Layer, build
-from requant_kernels.dense_sparse.triton.strips import STRIP
+from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out
 from requant_kernels.dense_sparse.triton.variants import variant
 from requant_kernels.gpu import FP_FUSION
@@ -116,42 +116,6 @@ def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[i
     return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]
 
 
-def _seconds(one: Compiled, paths: list[list[int]], programs: int, gpu: Gpu) -> float:
-    """Of ``programs`` on all processors."""
-    each, resident = -(-programs // gpu.processors), one.resident(gpu)
-    run = min(each, ROUNDS * resident)
-    processor = Processor(one.code, access, gpu, one.warps)
-    return processor.run(paths, run, resident) * (each / run) / gpu.clock + gpu.launch
-
-
-def tile_seconds(gpu: Gpu, tile: Tile, load: Load) -> float:
-    layer, _ = _laid_out(load)
-    token_tiles = -(-load.tokens // tile.tokens)
-    tile = fitted(layer, tile, token_tiles)
-    token_tiles, row_tiles, splits = grid_of(layer, tile, token_tiles)
-    steps = -(-layer.blocks // tile.k_warps) if tile.kernel == "one" else layer.blocks * 256 // tile.span
-    one = compiled(
-        gpu.table, replace(tile, up_to=tile.tokens), replace(load, tokens=1), gpu.target, HERE if splits > 1 else WHOLE
-    )
-    return _seconds(one, _paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits, gpu)
-
-
-def decode_seconds(gpu: Gpu, decode: Decode, load: Load) -> float:
-    """A slice of the layer at a time: its decoding, then the library's product."""
-    columns = load.shape.columns
-    layer, _ = _laid_out(load)
-    decode = shared_out(decode, layer.blocks)
-    one = compiled(gpu.table, decode, replace(load, tokens=1), gpu.target, WHOLE)
-    paths = _paths(one.code, -(-layer.blocks // decode.k_warps), 1)
-    step, total = decode.slice_rows(load.shape.rows, columns), 0.0
-    for start in range(0, load.shape.rows, step):
-        rows = min(step, load.shape.rows - start)
-        total += _seconds(one, paths, -(-rows // (STRIP * decode.strips)), gpu) + product_seconds(
-            gpu, rows, columns, load.tokens
-        )
-    return total
-
-
 def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int) -> float:
     """The library's product in bfloat16: as its bytes or its operations take, on the processors that have a tile."""
     tiles = -(-tokens // PRODUCT_TILE) * -(-rows // PRODUCT_TILE)
@@ -160,13 +124,50 @@ def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int) -> float:
     return max(moved, 2 * tokens * rows * columns / gpu.product / busy) + gpu.launch
 
 
-def seconds(gpu: Gpu, table: Table, load: Load) -> float:
-    tile = table.tile(load.tokens, load.bits, False)
-    return tile_seconds(gpu, tile, load) if tile else decode_seconds(gpu, table.decode, load)
+class Predictor:
+    """Seconds of layers on a GPU, as ``table`` launches them. ``waits``: of all of them so far, by line of source and
+    instruction, the cycles that warps waited before it."""
 
+    def __init__(self, gpu: Gpu, table: Table) -> None:
+        self.gpu, self.table = gpu, table
+        self.waits: Counter[tuple[str, str]] = Counter()
 
-Predict = Callable[[Load], float]
+    def __call__(self, load: Load) -> float:
+        tile = self.table.tile(load.tokens, load.bits, False)
+        return self._tile(tile, load) if tile else self._decode(self.table.decode, load)
 
+    def _tile(self, tile: Tile, load: Load) -> float:
+        layer, _ = _laid_out(load)
+        token_tiles = -(-load.tokens // tile.tokens)
+        tile = fitted(layer, tile, token_tiles)
+        token_tiles, row_tiles, splits = grid_of(layer, tile, token_tiles)
+        steps = -(-layer.blocks // tile.k_warps) if tile.kernel == "one" else layer.blocks * BLOCK // tile.span
+        split = HERE if splits > 1 else WHOLE
+        one = compiled(
+            self.gpu.table, replace(tile, up_to=tile.tokens), replace(load, tokens=1), self.gpu.target, split
+        )
+        return self._launch(one, _paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits)
 
-def predictor(gpu: Gpu, table: Table) -> Predict:
-    return partial(seconds, gpu, table)
+    def _decode(self, decode: Decode, load: Load) -> float:
+        """A slice of the layer at a time: its decoding, then the library's product."""
+        rows, columns = load.shape.rows, load.shape.columns
+        layer, _ = _laid_out(load)
+        decode = shared_out(decode, layer.blocks)
+        one = compiled(self.gpu.table, decode, replace(load, tokens=1), self.gpu.target, WHOLE)
+        paths = _paths(one.code, -(-layer.blocks // decode.k_warps), 1)
+        step, total = self.table.decode.slice_rows(rows, columns), 0.0
+        for start in range(0, rows, step):
+            slice_rows = min(step, rows - start)
+            total += self._launch(one, paths, -(-slice_rows // (STRIP * decode.strips)))
+            total += product_seconds(self.gpu, slice_rows, columns, load.tokens)
+        return total
+
+    def _launch(self, one: Compiled, paths: list[list[int]], programs: int) -> float:
+        """Of ``programs`` on all processors."""
+        each, resident = -(-programs // self.gpu.processors), one.resident(self.gpu)
+        run = min(each, ROUNDS * resident)
+        processor = Processor(one.code, access, self.gpu, one.warps)
+        cycles = processor.run(paths, run, resident)
+        for at, waited in processor.waits.items():
+            self.waits[one.code[at].line, one.code[at].name] += waited
+        return cycles * (each / run) / self.gpu.clock + self.gpu.launch

@@ -8,6 +8,7 @@ way to the caches and to shared memory. Not modelled: register banks, the instru
 import heapq
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,6 +66,7 @@ class Warp:
     trace: Sequence[int]
     program: Program
     ready: float
+    due: float  # when it would go on if nothing but its own stalls held it
     at: int = 0
     boards: list[int] = field(default_factory=lambda: [0] * SCOREBOARDS)
     copies: list[float] = field(default_factory=list)  # when groups of copies to shared memory are done
@@ -119,7 +121,7 @@ class Processor:
         self._caches = self._memory = self._l2 = 0.0
         self._events: list[tuple[float, int, Warp, int]] = []
         self._count = self._started = 0
-        self.issued = 0
+        self.waits: Counter[int] = Counter()  # by instruction, the cycles that warps waited before it
 
     def run(self, traces: Sequence[Sequence[int]], programs: int, resident: int) -> float:
         """Cycles until the last of ``programs`` has ended, whose warps take one of ``traces`` in turn."""
@@ -149,7 +151,8 @@ class Processor:
     def _start(self, trace: Sequence[int], now: float) -> None:
         program = Program([], left=self._warps)
         for _ in range(self._warps):
-            warp = Warp(trace, program, now + self._started * 3 % 17)
+            begin = now + self._started * 3 % 17
+            warp = Warp(trace, program, begin, begin)
             program.warps.append(warp)
             self._running[self._started % SCHEDULERS].append(warp)
             self._started += 1
@@ -186,8 +189,8 @@ class Processor:
         """Whether a program has ended with it."""
         step = self._steps[warp.trace[warp.at]]
         one, base = step.one, step.one.base
-        self.issued += 1
-        warp.ready = now + max(1, one.stall)
+        self.waits[warp.trace[warp.at]] += int(now - warp.due)
+        warp.ready = warp.due = now + max(1, one.stall)
         done = now + step.latency
         if step.unit:
             self._free[scheduler][step.unit] = now + step.busy

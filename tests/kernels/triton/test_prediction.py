@@ -16,7 +16,16 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler'
 
 
 def _one(name: str, **fields: object) -> Instruction:
-    plain = {"operands": "", "predicate": "", "stall": 1, "written": None, "read": None, "waits": (), "function": ""}
+    plain = {
+        "operands": "",
+        "predicate": "",
+        "stall": 1,
+        "written": None,
+        "read": None,
+        "waits": (),
+        "function": "",
+        "line": "",
+    }
     return Instruction(name, **plain | fields)
 
 
@@ -58,6 +67,13 @@ def test_who_waits_for_a_scoreboard_waits_for_the_memory() -> None:
     assert _cycles(near, near=Access("l1", 128), **access) >= waited
 
 
+def test_what_is_waited_for_is_known() -> None:
+    code = [_one("LDG.E", written=2, function="load"), _one("FFMA", stall=9), _one("FFMA", waits=(2,)), _one("FFMA")]
+    processor = Processor(code, lambda one: Access("memory", 128) if one.function else None, H200, 1)
+    cycles = processor.run([[0, 1, 2, 3]], 1, 1)
+    assert processor.waits.most_common(1) == [(2, pytest.approx(cycles - 12, abs=3))]
+
+
 def test_memory_is_shared_out() -> None:
     code = [_one("LDG.E.128", written=0, function="load")] * 50 + [_one("FFMA", waits=(0,))]
     cycles = _cycles(code, warps=8, programs=16, load=Access("memory", 512))
@@ -88,15 +104,15 @@ def test_copies_are_waited_for_by_their_number() -> None:
 def test_a_launch(tokens: int) -> None:
     """No layer takes less time than its bytes, nor less with entries than without; four times as many rows as
     fill the GPU take longer."""
-    table = tables()["h200"]
+    predict = launches.Predictor(H200, tables()["h200"])
     load = launches.Load(Shape("", "", 16384, 1024), 4, 128, 0.005, tokens)
-    time = launches.seconds(H200, table, load)
+    time = predict(load)
     whole = H200.memory * H200.processors * H200.clock
     assert time > load.shape.weights / 2 / whole
     assert time < 100e-6 * max(1, tokens / 64)
-    assert launches.seconds(H200, table, replace(load, density=0.0)) < time
+    assert predict(replace(load, density=0.0)) < time
     larger = replace(load, shape=replace(load.shape, rows=65536))
-    assert launches.seconds(H200, table, larger) > 1.5 * time
+    assert predict(larger) > 1.5 * time
 
 
 def test_loads_are_told_apart() -> None:
