@@ -116,6 +116,7 @@ def one_kernel(
     words = load_words(words_at, (lo + t % KW < hi)[:, None], BITS, S, KW)
     if Q:
         strip_of = strip + group // KW
+        owners = tl.load(owners_ptr + strip_of * 32 + tl.arange(0, T * 32) % 32)
         if MORE:
             places = locate_strips(further_ptr, strip_of, first < strips, depth, strips)
         else:
@@ -130,7 +131,6 @@ def one_kernel(
         slots_at += KW * Q * 32
         soon = fetch_near(slots_at, at, inside, Q, FULL)  # those of the next blocks
         products = tl.zeros((T * 32,), tl.float32)
-        owners = tl.load(owners_ptr + strip_of * 32 + tl.arange(0, T * 32) % 32)
     if REST:
         rest = beside + split * KW + group % KW
         left = fetch_slots(slots_ptr, places, rest, depth, splits * KW, REST)
