@@ -116,10 +116,8 @@ def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[i
     return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]
 
 
-def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int) -> float:
-    """The library's product in bfloat16: as its bytes or its operations take, on the processors that have a tile."""
-    tiles = -(-tokens // PRODUCT_TILE) * -(-rows // PRODUCT_TILE)
-    busy = min(1.0, tiles / (-(-tiles // gpu.processors) * gpu.processors)) if tokens > PRODUCT_TILE else 1.0
+def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int, busy: float = 1.0) -> float:
+    """The library's product in bfloat16: as its bytes or its operations take, with a share of the processors."""
     moved = 2 * (rows * columns + tokens * (rows + columns)) / (gpu.memory * gpu.processors * gpu.clock)
     return max(moved, 2 * tokens * rows * columns / gpu.product / busy) + gpu.launch
 
@@ -149,7 +147,7 @@ class Predictor:
         return self._launch(one, _paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits)
 
     def _decode(self, decode: Decode, load: Load) -> float:
-        """A slice of the layer at a time: its decoding, then the library's product."""
+        """A slice of the layer at a time: its decoding, then the library's product, on processors that have a tile."""
         rows, columns = load.shape.rows, load.shape.columns
         layer, _ = _laid_out(load)
         decode = shared_out(decode, layer.blocks)
@@ -159,7 +157,9 @@ class Predictor:
         for start in range(0, rows, step):
             slice_rows = min(step, rows - start)
             total += self._launch(one, paths, -(-slice_rows // (STRIP * decode.strips)))
-            total += product_seconds(self.gpu, slice_rows, columns, load.tokens)
+            tiles = -(-load.tokens // PRODUCT_TILE) * -(-slice_rows // PRODUCT_TILE)
+            busy = tiles / (-(-tiles // self.gpu.processors) * self.gpu.processors)
+            total += product_seconds(self.gpu, slice_rows, columns, load.tokens, busy)
         return total
 
     def _launch(self, one: Compiled, paths: list[list[int]], programs: int) -> float:
