@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton.decode import ASYMMETRIC, beside_midpoint, bit_of, group_scale, set_of
+from requant_kernels.dense_sparse.triton.patch import read_words
 
 ROW = tl.constexpr(256 + 64)  # bytes from one column's digits to the next one's: no two lanes of four meet in a bank
 STRIDE = tl.constexpr(4 * ROW.value)  # of a warp
@@ -89,17 +90,6 @@ def _cut(kind):
         bar.warp.sync 0xffffffff;
         {stores}
         bar.warp.sync 0xffffffff;
-        }}"""
-
-
-@triton.constexpr_function
-def _read(pair):
-    """Of two units: four words of a lane."""
-    return f"""{{
-        .reg .b32 %at;
-        mov.b32 %at, requant_digits;
-        add.s32 %at, %at, $4;
-        ld.shared.v4.b32 {{$0, $1, $2, $3}}, [%at+{64 * pair}];
         }}"""
 
 
@@ -198,7 +188,12 @@ def _read_pairs(like, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr,
     digits = ()
     for pair in tl.static_range(COUNT):
         words = tl.inline_asm_elementwise(
-            _read(FIRST + pair), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4
+            read_words("requant_digits", 64 * (FIRST + pair)),
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r",
+            [at, like],
+            tl.int32,
+            False,
+            4,
         )
         digits = digits + (words,)  # noqa: RUF005
     return digits

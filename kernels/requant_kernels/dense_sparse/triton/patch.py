@@ -97,11 +97,11 @@ def _store_others(value):
 
 
 @triton.constexpr_function
-def _read(at):
-    """Four words from ``at`` bytes behind $4 on."""
+def read_words(buffer, at):
+    """PTX: four words from ``at`` bytes behind $4 on, of a buffer in shared memory."""
     return f"""{{
         .reg .b32 %at;
-        mov.b32 %at, requant_patch;
+        mov.b32 %at, {buffer};
         add.s32 %at, %at, $4;
         ld.shared.v4.b32 {{$0, $1, $2, $3}}, [%at+{at}];
         }}"""
@@ -184,7 +184,7 @@ def read(like, S: tl.constexpr, KW: tl.constexpr):
     for plane in tl.static_range(8):
         # ``like`` is not used, but says that a lane has four words in turn
         words = tl.inline_asm_elementwise(
-            _read(plane * 512), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4
+            read_words("requant_patch", plane * 512), "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [at, like], tl.int32, False, 4
         )
         planes = planes + (words,)  # noqa: RUF005
     return planes
