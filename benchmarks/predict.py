@@ -22,9 +22,9 @@ import triton
 from requant.markdown import table
 from requant_kernels.dense_sparse.triton.table import Tile, tables
 
-from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS
+from benchmarks.kernel_timing.shapes import MODELS, SCHEMES, TOKENS, Load
 from benchmarks.prediction.gpus import GPUS
-from benchmarks.prediction.launches import Load, Predictor, product_seconds
+from benchmarks.prediction.launches import Predictor, product_seconds
 
 DENSITY = 0.005
 COLUMNS = ("tokens", "scheme", "us", "x bf16", "without entries", "entries cost", "each layer")

@@ -23,7 +23,9 @@ from requant_kernels.dense_sparse.triton.patches import PATCH
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, evenly, tables, widened
 
+from benchmarks.kernel_timing import shapes
 from benchmarks.kernel_timing.shapes import EXPERTS, MODELS, SCHEMES, TOKENS, Experts, Shape
+from benchmarks.prediction.gpus import GPUS, Gpu, product_tiles
 
 MODEL = "Llama-3.1-8B"
 DENSITY = 0.005
@@ -43,38 +45,7 @@ JOIN = 1e-6  # seconds: a share of the sums is stored, counted and read back (as
 EXPERT_TOKENS = (1, 4, 16, 64, 256, 1024)
 WORKSPACES = (32, 64, 128, 256)  # MiB
 SLICED_TOKENS = (512, 1024, 4096)
-PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Rates: bytes/s of a copy, bytes/s from L2, FLOP/s of a large bf16 product; launch in seconds, inside a graph.
-    ``l2_bytes``: how large the L2 is."""
-
-    name: str
-    table: str
-    processors: int
-    clock: float
-    copy: float
-    l2: float
-    l2_bytes: float
-    product: float
-    launch: float = 2.0e-6
-
-    @property
-    def instructions(self) -> float:
-        """Scalar instructions a second: four schedulers issue one of 32 lanes each cycle."""
-        return self.processors * self.clock * 128
-
-    def utilisation(self, programs: int) -> float:
-        """The share of the processors that work while ``programs`` run, one on each, wave after wave."""
-        return programs / (-(-programs // self.processors) * self.processors)
-
-
-GPUS = (  # copy and product rates: 90 % and 80 % of the data sheet's; L2: as prediction/gpus.py says
-    Gpu("H200", "h200", 132, 1.8e9, 4.3e12, 9.5e12, 50 * 2**20, 790e12),
-    Gpu("A100 80 GB", "a100", 108, 1.41e9, 1.84e12, 6.0e12, 40 * 2**20, 250e12),
-)
+LAUNCH = 2.0e-6  # seconds, inside a graph
 
 
 @dataclass(frozen=True)
@@ -97,15 +68,8 @@ class Prediction:
         return max(parts, key=parts.__getitem__)
 
 
-@dataclass(frozen=True)
-class Load:
-    """One layer at one number of tokens."""
-
-    shape: Shape
-    bits: int
-    group: int
-    density: float
-    tokens: int
+class Load(shapes.Load):
+    """With what it reads and writes."""
 
     @property
     def stored(self) -> float:
@@ -147,10 +111,10 @@ def matrix_kernel(gpu: Gpu, tile: Tile, load: Load) -> Prediction:
     flops = 2 * max(8, tile.tokens) * token_tiles * shape.weights
     return Prediction(
         memory=(load.stored + load.moved) / gpu.copy,
-        l2=(token_tiles * load.stored + activations + shares) / gpu.l2,
+        l2=(token_tiles * load.stored + activations + shares) / gpu.l2_rate,
         issue=instructions / gpu.instructions,
         tensor=flops / gpu.product / (0.6 if one else 1.0),  # mma.sync does not reach wgmma's rate
-        fixed=gpu.launch + (splits > 1) * JOIN,
+        fixed=LAUNCH + (splits > 1) * JOIN,
     )
 
 
@@ -168,23 +132,23 @@ def _slice(gpu: Gpu, decode: Decode, load: Load) -> Prediction:
     """One slice of a layer as if it were the whole: its decoding, then its product."""
     plain = 2 * load.shape.weights
     fits = plain <= gpu.l2_bytes
-    written = plain / (gpu.l2 if fits else gpu.copy)
+    written = plain / (gpu.l2_rate if fits else gpu.copy)
     instructions = load.shape.weights * DECODE_INSTRUCTIONS / gpu.instructions
     programs = -(-load.shape.rows // (STRIP * decode.strips))
-    tiles = -(-load.tokens // PRODUCT_TILE) * -(-load.shape.rows // PRODUCT_TILE)
+    tiles = product_tiles(load.shape.rows, load.tokens)
     decoding = max(load.stored / gpu.copy, written, instructions) / gpu.utilisation(programs)
     return Prediction(
         memory=(load.moved + (0 if fits else plain)) / gpu.copy,
-        l2=plain / gpu.l2,
+        l2=plain / gpu.l2_rate,
         issue=0.0,
         tensor=2 * load.tokens * load.shape.weights / gpu.product / gpu.utilisation(tiles),
-        fixed=decoding + 2 * gpu.launch,
+        fixed=decoding + 2 * LAUNCH,
     )
 
 
 def unquantized(gpu: Gpu, shape: Shape, tokens: int) -> float:
     moved = 2 * (shape.weights + tokens * (shape.rows + shape.columns))
-    return max(moved / gpu.copy, 2 * tokens * shape.weights / gpu.product) + gpu.launch
+    return max(moved / gpu.copy, 2 * tokens * shape.weights / gpu.product) + LAUNCH
 
 
 def predict(gpu: Gpu, load: Load) -> Prediction:
@@ -230,7 +194,7 @@ def workspace_table() -> list[str]:
         "|---|---:|---:|" + "---:|" * len(WORKSPACES),
     ]
     bits, group = SCHEMES["W4 g128"]
-    for gpu in GPUS:
+    for gpu in GPUS.values():
         table = tables()[gpu.table]
         sized = [replace(table, decode=replace(table.decode, workspace_mib=mib)) for mib in WORKSPACES]
         for tokens in SLICED_TOKENS:
@@ -277,7 +241,7 @@ def routed(gpu: Gpu, load: Routed) -> float:
     each = evenly(load.pairs, load.model.experts)
     tile = tables()[gpu.table].routed(load.tokens, each, load.bits, False)
     blocks = load.blocks(tile.tokens)
-    total = 5 * gpu.launch  # blocks of pairs, products, activation, sum
+    total = 5 * LAUNCH  # blocks of pairs, products, activation, sum
     for shape in load.products:
         one = Load(shape, load.bits, load.group, load.density, tile.tokens)
         part = matrix_kernel(gpu, tile, one)  # of one block
@@ -291,7 +255,7 @@ def routed(gpu: Gpu, load: Routed) -> float:
 def routed_unquantized(gpu: Gpu, load: Routed) -> float:
     """The same with bfloat16 weights and as many launches as vLLM's fused kernel has."""
     weights = sum(shape.weights for shape in load.products)
-    return max(2 * load.reached * weights / gpu.copy, 2 * load.pairs * weights / gpu.product) + 5 * gpu.launch
+    return max(2 * load.reached * weights / gpu.copy, 2 * load.pairs * weights / gpu.product) + 5 * LAUNCH
 
 
 def experts_table(gpu: Gpu) -> list[str]:
@@ -325,7 +289,7 @@ def bytes_table() -> list[str]:
 
 
 def main() -> int:
-    tables_of = [line for gpu in GPUS for line in (*regime_table(gpu), *experts_table(gpu))]
+    tables_of = [line for gpu in GPUS.values() for line in (*regime_table(gpu), *experts_table(gpu))]
     print("\n".join([*bytes_table(), *tables_of, *workspace_table()]))
     return 0
 

@@ -22,6 +22,17 @@ class Shape:
         return self.rows * self.columns
 
 
+@dataclass(frozen=True)
+class Load:
+    """A symmetric layer in bfloat16 at one number of tokens."""
+
+    shape: Shape
+    bits: int
+    group: int
+    density: float
+    tokens: int
+
+
 def _model(name: str, *layers: tuple[str, int, int]) -> tuple[Shape, ...]:
     return tuple(Shape(name, *layer) for layer in layers)
 

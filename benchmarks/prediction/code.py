@@ -6,9 +6,7 @@ which these GPUs share), and what disassembled kernels bear out.
 
 import ast
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -62,15 +60,8 @@ def _scoreboard(bits: int) -> int | None:
     return bits if bits < SCOREBOARDS else None
 
 
-def disassemble(tool: str, binary: bytes) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "kernel.cubin")
-        file.write_bytes(binary)
-        return subprocess.run([tool, "-g", "-hex", "-c", str(file)], capture_output=True, text=True, check=True).stdout
-
-
 def parse(text: str) -> list[Instruction]:
-    """What nvdisasm prints of a kernel."""
+    """What nvdisasm prints of a kernel with -g, -hex and -c."""
     place, labels, pending = ("", ""), dict[str, int](), None
     found: list[Instruction] = []
     for line in text.splitlines():
@@ -95,8 +86,7 @@ def _resolved(one: Instruction, labels: dict[str, int]) -> Instruction:
     label = re.search(r"\((\.L_\w+)\)", one.operands)
     if one.base != "BRA" or not label:
         return one
-    fields = {**vars(one), "target": labels[label[1]]}
-    return Instruction(**fields)
+    return replace(one, target=labels[label[1]])
 
 
 def longest_loop(code: list[Instruction]) -> range:

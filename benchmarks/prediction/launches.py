@@ -1,6 +1,5 @@
 """Launches of the shipped tables, or of another tile, on a layer: what is compiled, how many programs, their paths."""
 
-import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,18 +11,16 @@ from requant_kernels.dense_sparse.triton.layer import HERE, SYMMETRIC, WHOLE, Be
 from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out
 from requant_kernels.dense_sparse.triton.variants import variant
-from requant_kernels.gpu import FP_FUSION
 
 from benchmarks.kernel_timing.layers import Setting, random_weight
-from benchmarks.kernel_timing.shapes import Shape
-from benchmarks.prediction.code import Instruction, disassemble, longest_loop, parse, path
-from benchmarks.prediction.gpus import REGISTERS, WARPS, Gpu
+from benchmarks.kernel_timing.shapes import Load
+from benchmarks.prediction.code import Instruction, longest_loop, parse, path
+from benchmarks.prediction.gpus import REGISTERS, WARPS, Gpu, product_tiles
 from benchmarks.prediction.processor import Access, Processor
 
 SAMPLE = 256  # rows of which a layer's slots and patches are laid out, to know how many there are of each
 ROUNDS = 3  # of programs that a processor goes through; what comes after them is taken to go on like that
 RESERVED = 1024  # bytes of shared memory that CUDA takes from each program
-PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
 
 # Of what functions of the kernels read, all but codes, 16 bytes a lane, whose lanes share words: bytes of a warp. All
 # other reads of theirs bring 32 lanes what they ask for, from memory.
@@ -48,18 +45,9 @@ class Compiled:
     def resident(self, gpu: Gpu) -> int:
         """Programs that fit a processor at a time."""
         registers = -(-self.registers // 8) * 8 * 32 * self.warps
-        return min(REGISTERS // registers, WARPS // self.warps, gpu.shared // (self.shared + RESERVED))
-
-
-@dataclass(frozen=True)
-class Load:
-    """A symmetric layer in bfloat16 at one number of tokens."""
-
-    shape: Shape
-    bits: int
-    group: int
-    density: float
-    tokens: int
+        return min(
+            REGISTERS // registers, WARPS // self.warps, aot.SHARED_MEMORY[gpu.target] // (self.shared + RESERVED)
+        )
 
 
 def access(one: Instruction) -> Access | None:
@@ -74,9 +62,6 @@ def access(one: Instruction) -> Access | None:
 
 @cache
 def compiled(table: str, rule: Tile | Decode, load: Load, target: str, split: int) -> Compiled:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile as triton_compile
-
     one = variant(table, rule, load.bits, load.group, SYMMETRIC, "bf16", sparse=load.density > 0, split=split)
     layer, full = _laid_out(load)
     constants = dict(one.constants)
@@ -86,12 +71,9 @@ def compiled(table: str, rule: Tile | Decode, load: Load, target: str, split: in
         rest, more = rest_at_once(layer.rest, rule.k_warps, layer.group, layer.kind)
         constants |= {"Q": layer.steps, "REST": rest, "MORE": more, "FULL": full}
     one = replace(one, constants=constants)
-    options = {"num_warps": one.warps, "num_stages": one.stages, **FP_FUSION}
-    kernel = triton_compile(aot.source(one, target), target=GPUTarget("cuda", int(target), 32), options=options)
-    declared = sum(map(int, re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm["ptx"])))
-    registers, _, _ = aot.nvidia(kernel)
-    code = parse(disassemble(aot.tool("nvdisasm"), kernel.asm["cubin"]))
-    return Compiled(code, one.warps, registers, kernel.metadata.shared + declared)
+    kernel = aot.compiled(one, target)
+    code = parse(aot.dump(kernel, "nvdisasm", "-g", "-hex", "-c"))
+    return Compiled(code, one.warps, aot.registers_of(kernel), aot.shared_of(kernel))
 
 
 @cache
@@ -118,8 +100,8 @@ def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[i
 
 def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int, busy: float = 1.0) -> float:
     """The library's product in bfloat16: as its bytes or its operations take, with a share of the processors."""
-    moved = 2 * (rows * columns + tokens * (rows + columns)) / (gpu.memory * gpu.processors * gpu.clock)
-    return max(moved, 2 * tokens * rows * columns / gpu.product / busy) + gpu.launch
+    moved = 2 * (rows * columns + tokens * (rows + columns))
+    return max(moved / gpu.copy, 2 * tokens * rows * columns / gpu.product / busy) + gpu.launch
 
 
 class Predictor:
@@ -157,8 +139,7 @@ class Predictor:
         for start in range(0, rows, step):
             slice_rows = min(step, rows - start)
             total += self._launch(one, paths, -(-slice_rows // (STRIP * decode.strips)))
-            tiles = -(-load.tokens // PRODUCT_TILE) * -(-slice_rows // PRODUCT_TILE)
-            busy = tiles / (-(-tiles // self.gpu.processors) * self.gpu.processors)
+            busy = self.gpu.utilisation(product_tiles(slice_rows, load.tokens))
             total += product_seconds(self.gpu, slice_rows, columns, load.tokens, busy)
         return total
 

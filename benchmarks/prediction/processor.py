@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import cycle, islice
 
 from benchmarks.prediction.code import SCOREBOARDS, Instruction
 from benchmarks.prediction.gpus import SCHEDULERS, Gpu
@@ -125,9 +126,9 @@ class Processor:
 
     def run(self, traces: Sequence[Sequence[int]], programs: int, resident: int) -> float:
         """Cycles until the last of ``programs`` has ended, whose warps take one of ``traces`` in turn."""
-        pending = list(range(programs))[::-1]
-        for _ in range(min(programs, resident)):
-            self._start(traces[pending.pop() % len(traces)], 0.0)
+        pending = islice(cycle(traces), programs)
+        for trace in islice(pending, resident):
+            self._start(trace, 0.0)
         now, ended = 0.0, 0
         while ended < programs:
             while self._events and self._events[0][0] <= now:
@@ -142,8 +143,8 @@ class Processor:
                     any_issued = True
                     if self._issue(chosen, scheduler, now):
                         ended += 1
-                        if pending:
-                            self._start(traces[pending.pop() % len(traces)], now + REFILL)
+                        for trace in islice(pending, 1):
+                            self._start(trace, now + REFILL)
             upcoming = self._events[0][0] if self._events else NEVER
             now = now + 1 if any_issued else max(now + 1, min(later, upcoming))
         return now

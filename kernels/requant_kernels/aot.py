@@ -5,7 +5,7 @@ fails the run. Nothing here is measured on a GPU: the table says what the compil
 
     python -m requant_kernels.aot                a cover of tiles, bits, kinds and dtypes (CI)
     python -m requant_kernels.aot --all          every combination that serving can reach (hours)
-    python -m requant_kernels.aot --only few --target 90 --json report.json
+    python -m requant_kernels.aot --only middle --target 90 --json report.json
 """
 
 import argparse
@@ -72,7 +72,7 @@ class Report:
     failure: str = ""
 
 
-def source(variant: Variant, target: str) -> Any:
+def _source(variant: Variant, target: str) -> Any:
     """The variant as triton's compiler takes it."""
     from triton.compiler import ASTSource
 
@@ -84,26 +84,33 @@ def source(variant: Variant, target: str) -> Any:
     return ASTSource(variant.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def tool(name: str) -> str:
+def dump(kernel: Any, name: str, *options: str) -> str:
+    """What a tool of Triton's wheel prints of a kernel's machine code for NVIDIA."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def nvidia(kernel: Any) -> tuple[int, int, str]:
-    """(registers, instructions that spill to local memory, machine code)."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(kernel.asm["cubin"])
-        usage = _run(tool("cuobjdump"), "-res-usage", str(binary))
-        code = _run(tool("cuobjdump"), "-sass", str(binary))
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers, "cuobjdump of triton's wheel reports otherwise than expected"
-    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", code)), code
+        return subprocess.run([tool, *options, binary], capture_output=True, text=True, check=True).stdout
+
+
+def registers_of(kernel: Any) -> int:
+    found = re.search(r"REG:(\d+)", dump(kernel, "cuobjdump", "-res-usage"))
+    assert found, "cuobjdump of triton's wheel reports otherwise than expected"
+    return int(found[1])
+
+
+def shared_of(kernel: Any) -> int:
+    """Bytes of shared memory, Triton's and those that a kernel declares itself (patch.py)."""
+    declared = re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm.get("ptx", ""))
+    return kernel.metadata.shared + sum(map(int, declared))
+
+
+def _nvidia(kernel: Any) -> tuple[int, int, str]:
+    """(registers, instructions that spill to local memory, machine code)."""
+    code = dump(kernel, "cuobjdump", "-sass")
+    return registers_of(kernel), len(re.findall(r"\b(?:LDL|STL)\b", code)), code
 
 
 def _amd(kernel: Any) -> tuple[int, int, str]:
@@ -113,23 +120,27 @@ def _amd(kernel: Any) -> tuple[int, int, str]:
     return registers, spills, code
 
 
-def compile_variant(variant: Variant, target: str) -> Report:
-    """Compiles and judges; a compiler's error becomes the report's failure."""
+def compiled(variant: Variant, target: str) -> Any:
+    """Triton's kernel; raises what its compiler does."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    begun = time.monotonic()
     gpu = GPUTarget("cuda", int(target), 32) if target in NVIDIA else GPUTarget("hip", target, 64)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, **FP_FUSION}
+    return triton.compile(_source(variant, target), target=gpu, options=options)
+
+
+def compile_variant(variant: Variant, target: str) -> Report:
+    """Compiles and judges; a compiler's error becomes the report's failure."""
+    begun = time.monotonic()
     try:
-        kernel = triton.compile(source(variant, target), target=gpu, options=options)
+        kernel = compiled(variant, target)
     except Exception as error:  # whatever the compiler raises is this variant's result
         last = [line for line in str(error).splitlines() if line.strip()][-1:]
         return Report(variant.name, target, failure=f"does not compile: {type(error).__name__} {' '.join(last)[:160]}")
-    registers, spill, code = nvidia(kernel) if target in NVIDIA else _amd(kernel)
+    registers, spill, code = _nvidia(kernel) if target in NVIDIA else _amd(kernel)
     found = next((name for name, pattern in reversed(MATRIX.items()) if re.search(pattern, code)), "")
-    declared = re.findall(r"\.shared[^;]*\[(\d+)\];", kernel.asm.get("ptx", ""))  # by a kernel itself (patch.py)
-    shared, wanted = kernel.metadata.shared + sum(map(int, declared)), variant.targets[target]
+    shared, wanted = shared_of(kernel), variant.targets[target]
     failure = ""
     if spill:
         failure = f"spills registers ({spill} times)"

@@ -78,7 +78,7 @@ def test_compiled(case):
 )
 def test_columns_in_fours(case, monkeypatch):
     """As Triton before 3.8 wants them where ``mma`` multiplies: the same with any."""
-    monkeypatch.setattr(launch, "in_fours", lambda tokens, target: True)
+    monkeypatch.setattr(launch, "wants_fours", lambda tokens, target: True)
     with emulated(int(TARGETS[GRID[case].gpu][0])):
         check(GRID[case])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from requant_kernels.dense_sparse.triton.table import tables
 
-from benchmarks.kernel_timing.shapes import Shape
+from benchmarks.kernel_timing.shapes import Load, Shape
 from benchmarks.prediction import launches
 from benchmarks.prediction.code import Instruction, longest_loop, path
 from benchmarks.prediction.gpus import H200
@@ -105,7 +105,7 @@ def test_a_launch(tokens: int) -> None:
     """No layer takes less time than its bytes, nor less with entries than without; four times as many rows as
     fill the GPU take longer."""
     predict = launches.Predictor(H200, tables()["h200"])
-    load = launches.Load(Shape("", "", 16384, 1024), 4, 128, 0.005, tokens)
+    load = Load(Shape("", "", 16384, 1024), 4, 128, 0.005, tokens)
     time = predict(load)
     whole = H200.memory * H200.processors * H200.clock
     assert time > load.shape.weights / 2 / whole
@@ -117,7 +117,7 @@ def test_a_launch(tokens: int) -> None:
 
 def test_loads_are_told_apart() -> None:
     table = tables()["h200"]
-    load = launches.Load(Shape("", "", 16384, 1024), 4, 128, 0.005, 1)
+    load = Load(Shape("", "", 16384, 1024), 4, 128, 0.005, 1)
     code = launches.compiled("h200", table.tiles[0], load, "90", 0).code
     loop = longest_loop(code)
     found = [launches.access(code[at]) for at in loop if code[at].base == "LDG"]

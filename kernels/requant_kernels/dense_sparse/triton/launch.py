@@ -103,7 +103,7 @@ class Call:
         return {"ROUNDS": self.layer.rounds}
 
 
-def in_fours(tokens: int, target: str) -> bool:
+def wants_fours(tokens: int, target: str) -> bool:
     """Whether Triton gives the ``mma`` of a GPU, by its capability, operands in fours (middle.py): "" is none. Of tiles
     of 64 tokens and more it takes x through shared memory another time, were they in that order."""
     return OLD and tokens < 64 and target not in ("", "90", "100", "103", "gfx942")
@@ -251,7 +251,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         COLUMNS=tile.columns,
         SPAN=tile.span,
         STACK=tile.stacks,
-        FOURS=in_fours(tile.tokens, _target(call.x.device)),
+        FOURS=wants_fours(tile.tokens, _target(call.x.device)),
         **call.patched,
         **_constants(call, tile, sums),
         **options,

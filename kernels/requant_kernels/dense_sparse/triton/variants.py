@@ -10,7 +10,7 @@ import triton.language as tl
 
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, in_fours, rest_at_once
+from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, rest_at_once, wants_fours
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
     CODEBOOK,
@@ -100,7 +100,7 @@ def variant(  # noqa: PLR0917
     if kernel is middle_kernel:
         assert tile
         constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span, "STACK": tile.stacks}
-        constants["FOURS"] = partial(in_fours, tile.tokens)
+        constants["FOURS"] = partial(wants_fours, tile.tokens)
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
