@@ -3,8 +3,8 @@
 Copies of an H200 are as fast as measured (docs/BENCHMARKS.md), of an A100 as 90 % of the data sheet's rate, products as
 80 % of it. Rates of instructions are NVIDIA's (CUDA C++ programming guide, throughput of native arithmetic
 instructions); ``mma`` on Hopper issues at about 62 % of what wgmma reaches (arXiv 2402.13499). Latencies are what
-others measured on Ampere and Hopper (arXiv 2208.11174, 2402.13499), to some ten percent. How much the L2 gives a
-processor is the only one that was fitted: to tiles of 64 tokens, measured on an H200 (docs/ROOFLINE.md).
+others measured on Ampere and Hopper (arXiv 2208.11174, 2402.13499), to some ten percent. Four were fitted to launches
+measured on an H200 (docs/ROOFLINE.md): ``issue``, ``fence``, ``l2`` and ``to_l2``.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ PRODUCT_TILE = 128  # rows, and tokens, of a program of the library's product
 class Gpu:
     """``copy``: bytes/s; ``product``: FLOP/s of a large one in bf16; ``clock``: cycles/s. ``l2``: bytes a cycle that
     one of ``processors`` gets; ``l2_bytes``: how large it is. Cycles of a scheduler for an instruction of a warp:
-    ``mma`` for ``mma.m16n8k16`` in 16 bits, or ``m16n8k32`` in 8, ``float32``, ``half2``."""
+    ``mma`` for ``mma.m16n8k16`` in 16 bits, or ``m16n8k32`` in 8, ``float32``, ``half2``, and ``issue`` for any. Cycles
+    until an access is done, and ``fence`` until all processors see what a warp has stored."""
 
     name: str
     table: str
@@ -31,9 +32,11 @@ class Gpu:
     float32: int
     half2: int
     to_memory: int = 650
-    to_l2: int = 280
+    to_l2: int = 350
     to_l1: int = 36
     to_shared: int = 26
+    fence: int = 1000
+    issue: float = 1.6
     launch: float = 1.0e-6
 
     @property
@@ -61,7 +64,7 @@ def product_tiles(rows: int, tokens: int) -> int:
     return -(-tokens // PRODUCT_TILE) * -(-rows // PRODUCT_TILE)
 
 
-H200 = Gpu("H200", "h200", "90", 132, 1.8e9, 4.23e12, 790e12, 40, 50 * 2**20, 6, 1, 1)
-A100 = Gpu("A100 80 GB", "a100", "80", 108, 1.41e9, 1.84e12, 250e12, 40, 40 * 2**20, 8, 2, 2)
+H200 = Gpu("H200", "h200", "90", 132, 1.8e9, 4.23e12, 790e12, 50, 50 * 2**20, 6, 1, 1)
+A100 = Gpu("A100 80 GB", "a100", "80", 108, 1.41e9, 1.84e12, 250e12, 50, 40 * 2**20, 8, 2, 2)
 GPUS = {gpu.table: gpu for gpu in (H200, A100)}
 REGISTERS, WARPS, SCHEDULERS = 65536, 64, 4  # of a processor

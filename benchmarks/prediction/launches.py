@@ -65,6 +65,8 @@ def compiled(table: str, rule: Tile | Decode, load: Load, target: str, split: in
     one = variant(table, rule, load.bits, load.group, SYMMETRIC, "bf16", sparse=load.density > 0, split=split)
     layer, full = _laid_out(load)
     constants = dict(one.constants)
+    if "BIAS" in constants:
+        constants["BIAS"] = False
     if "ROUNDS" in constants:
         constants["ROUNDS"] = layer.rounds
     elif load.density:
@@ -92,7 +94,10 @@ def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[i
     adds the shares up."""
     loop = longest_loop(code)
     peeled = any("MMA" in one.name for one in code[: loop.start])  # the first iteration
-    head = [*path(code, 0, loop.start), *list(loop) * (iterations - peeled)]
+    before, within = (sum(code[at].base == "LDGDEPBAR" for at in part) for part in (range(loop.start), loop))
+    last = [at + len(code) * (code[at].base == "LDGSTS") for at in loop]  # of what comes behind the end
+    ahead = min(before // within, iterations - peeled) if within else 0
+    head = [*path(code, 0, loop.start), *list(loop) * (iterations - peeled - ahead), *last * ahead]
     tail = path(code, loop.stop, len(code))
     first_exit = next(i for i, at in enumerate(tail) if code[at].base == "EXIT")
     return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]

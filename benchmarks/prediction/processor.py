@@ -1,8 +1,9 @@
 """The four schedulers of a multiprocessor, their units and ways to memory, and warps that share them.
 
-A scheduler issues one instruction a cycle, of the warp that it has issued last, else of the oldest one that can go on:
-whose stall is over, whose scoreboards are free, and whose unit is. Memory is one queue for all, as are the L2, and the
-way to the caches and to shared memory. Not modelled: register banks, the instruction cache, other processors' luck.
+A scheduler issues an instruction of the warp that it has issued last, else of the oldest one that can go on: whose
+stall is over, whose scoreboards are free, and whose unit is. Memory is one queue for all, as are the L2, and the way to
+the caches and to shared memory. Not modelled: register banks and the instruction cache, but that an instruction takes
+longer on average; other processors' luck.
 """
 
 import heapq
@@ -36,10 +37,13 @@ _RESULTS = {  # cycles until a result is there, where that is not an access
 @dataclass(frozen=True)
 class Access:
     """Where a warp's access goes, "memory", "l2", "l1" or "gather" (of x, from the L1), and how many bytes of it are
-    not already there."""
+    not already there. ``OFF``: nowhere, since its predicate is false."""
 
     level: str
     bytes: int
+
+
+OFF = Access("off", 0)
 
 
 @dataclass
@@ -108,16 +112,18 @@ def _step(one: Instruction, access: Access | None, gpu: Gpu) -> Step:
 
 
 class Processor:
-    """Runs programs of so many warps, ``resident`` of them at a time."""
+    """Runs programs of so many warps, ``resident`` of them at a time. A trace has the place in ``code`` of what a warp
+    issues; ``len(code)`` more where it is an access that is ``OFF``."""
 
     def __init__(
         self, code: list[Instruction], place: Callable[[Instruction], Access | None], gpu: Gpu, warps: int
     ) -> None:
-        self._steps = [_step(one, place(one), gpu) for one in code]
-        self._gpu, self._warps = gpu, warps
+        self._steps = [_step(one, place(one), gpu) for one in code] + [_step(one, OFF, gpu) for one in code]
+        self._gpu, self._warps, self._instructions = gpu, warps, len(code)
         self._running: list[list[Warp]] = [[] for _ in range(SCHEDULERS)]
         self._last: list[Warp | None] = [None] * SCHEDULERS
         self._free: list[dict[str, float]] = [{} for _ in range(SCHEDULERS)]
+        self._slot = [0.0] * SCHEDULERS  # until when a scheduler is busy with what it has issued
         self._matrix = [0.0] * SCHEDULERS
         self._caches = self._memory = self._l2 = 0.0
         self._events: list[tuple[float, int, Warp, int]] = []
@@ -160,6 +166,8 @@ class Processor:
 
     def _choose(self, scheduler: int, now: float) -> tuple[Warp | None, float]:
         """A warp that can issue, or when one may be able to."""
+        if self._slot[scheduler] >= now + 1:
+            return None, now + 1
         later, last = NEVER, self._last[scheduler]
         for warp in (last, *self._running[scheduler]) if last else self._running[scheduler]:
             if warp.stopped:
@@ -190,7 +198,8 @@ class Processor:
         """Whether a program has ended with it."""
         step = self._steps[warp.trace[warp.at]]
         one, base = step.one, step.one.base
-        self.waits[warp.trace[warp.at]] += int(now - warp.due)
+        self.waits[warp.trace[warp.at] % self._instructions] += int(now - warp.due)
+        self._slot[scheduler] = max(self._slot[scheduler], now) + self._gpu.issue
         warp.ready = warp.due = now + max(1, one.stall)
         done = now + step.latency
         if step.unit:
@@ -208,6 +217,8 @@ class Processor:
                 warp.products = [*warp.products[-GROUPS:], self._matrix[scheduler] + WGMMA_LATENCY]
         elif base == "BRA":
             warp.ready = max(warp.ready, now + BRANCH)
+        elif base == "MEMBAR":
+            warp.ready = now + self._gpu.fence
         if one.written is not None:
             self._later(math.ceil(done), warp, one.written)
         if one.read is not None:
@@ -225,6 +236,8 @@ class Processor:
     def _reach(self, step: Step, now: float) -> float:
         """When an access is done."""
         gpu, access = self._gpu, step.access
+        if access == OFF:
+            return now
         self._caches = max(self._caches, now) + step.lines
         if access is None:
             return self._caches + step.latency
