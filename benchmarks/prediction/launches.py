@@ -1,8 +1,10 @@
 """Launches of the shipped tables, or of another tile, on a layer: what is compiled, how many programs, their paths."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle, islice
 
 import torch
 from requant_kernels import aot
@@ -15,7 +17,7 @@ from requant_kernels.dense_sparse.triton.variants import variant
 from benchmarks.kernel_timing.layers import Setting, random_weight
 from benchmarks.kernel_timing.shapes import Load
 from benchmarks.prediction.code import Instruction, longest_loop, parse, path
-from benchmarks.prediction.gpus import REGISTERS, WARPS, Gpu, product_tiles
+from benchmarks.prediction.gpus import REGISTERS, SCHEDULERS, WARPS, Gpu, product_tiles
 from benchmarks.prediction.processor import Access, Processor
 
 SAMPLE = 256  # rows of which a layer's slots and patches are laid out, to know how many there are of each
@@ -33,6 +35,16 @@ _LEVELS = {
     "all_arrived": "l2",
     "locate": "l1",
 }
+
+
+@dataclass(frozen=True)
+class Run:
+    """``waits``: by instruction, the cycles that warps waited before it; ``issued``: the share of cycles in which a
+    scheduler issues."""
+
+    seconds: float
+    waits: Counter[int]
+    issued: float
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ def _laid_out(load: Load) -> tuple[Layer, bool]:
     return replace(layer, strips=strips, beside_slots=Beside(strips, 0, 0)), full
 
 
-def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[int]]:
+def paths(code: list[Instruction], iterations: int, splits: int) -> list[list[int]]:
     """What warps of a program go through, of each of ``splits`` programs that share a tile: of these the last one alone
     adds the shares up."""
     loop = longest_loop(code)
@@ -101,6 +113,18 @@ def _paths(code: list[Instruction], iterations: int, splits: int) -> list[list[i
     tail = path(code, loop.stop, len(code))
     first_exit = next(i for i, at in enumerate(tail) if code[at].base == "EXIT")
     return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]
+
+
+def run(
+    one: Compiled, place: Callable[[Instruction], Access | None], gpu: Gpu, ways: list[list[int]], programs: int
+) -> Run:
+    """Of ``programs`` on all processors, whose warps take ``ways`` in turn."""
+    each, resident = -(-programs // gpu.processors), one.resident(gpu)
+    some = min(each, ROUNDS * resident)
+    processor = Processor(one.code, place, gpu, one.warps)
+    cycles = processor.run(ways, some, resident)
+    issued = sum(len(way) for way in islice(cycle(ways), some)) * one.warps
+    return Run(cycles * (each / some) / gpu.clock + gpu.launch, processor.waits, issued / SCHEDULERS / cycles)
 
 
 def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int, busy: float = 1.0) -> float:
@@ -131,7 +155,7 @@ class Predictor:
         one = compiled(
             self.gpu.table, replace(tile, up_to=tile.tokens), replace(load, tokens=1), self.gpu.target, split
         )
-        return self._launch(one, _paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits)
+        return self._launch(one, paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits)
 
     def _decode(self, decode: Decode, load: Load) -> float:
         """A slice of the layer at a time: its decoding, then the library's product, on processors that have a tile."""
@@ -139,21 +163,17 @@ class Predictor:
         layer, _ = _laid_out(load)
         decode = shared_out(decode, layer.blocks)
         one = compiled(self.gpu.table, decode, replace(load, tokens=1), self.gpu.target, WHOLE)
-        paths = _paths(one.code, -(-layer.blocks // decode.k_warps), 1)
+        ways = paths(one.code, -(-layer.blocks // decode.k_warps), 1)
         step, total = self.table.decode.slice_rows(rows, columns), 0.0
         for start in range(0, rows, step):
             slice_rows = min(step, rows - start)
-            total += self._launch(one, paths, -(-slice_rows // (STRIP * decode.strips)))
+            total += self._launch(one, ways, -(-slice_rows // (STRIP * decode.strips)))
             busy = self.gpu.utilisation(product_tiles(slice_rows, load.tokens))
             total += product_seconds(self.gpu, slice_rows, columns, load.tokens, busy)
         return total
 
-    def _launch(self, one: Compiled, paths: list[list[int]], programs: int) -> float:
-        """Of ``programs`` on all processors."""
-        each, resident = -(-programs // self.gpu.processors), one.resident(self.gpu)
-        run = min(each, ROUNDS * resident)
-        processor = Processor(one.code, access, self.gpu, one.warps)
-        cycles = processor.run(paths, run, resident)
-        for at, waited in processor.waits.items():
+    def _launch(self, one: Compiled, ways: list[list[int]], programs: int) -> float:
+        done = run(one, access, self.gpu, ways, programs)
+        for at, waited in done.waits.items():
             self.waits[one.code[at].line, one.code[at].name] += waited
-        return cycles * (each / run) / self.gpu.clock + self.gpu.launch
+        return done.seconds
