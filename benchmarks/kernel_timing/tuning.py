@@ -41,8 +41,8 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
     widths = {min(up_to, tokens) for tokens in (16, 32, 64, 128, 256) if 8 * tokens >= up_to or tokens == 128}
     ways = {(128, 256), (columns, 256), (128, 128)}  # columns of a product, of a span
     for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8, 16), (2, 3), (1, 2, 3, 4), sorted(ways)):
-        if strips == 16 and (tokens, way) != (128, (128, 128)):
-            continue  # two stacks, worth it where x is most of what is read
+        if strips == 16 and (way[0] != way[1] or waves > 2 or tokens * way[0] > 128 * 128):
+            continue  # two stacks take a span in one product, and have as many registers as one program a processor
         if tokens <= 128 or (stages, way) == (2, (128, 128)):  # no more x fits the shared memory
             yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, 1, *way)
 

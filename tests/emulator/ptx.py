@@ -88,7 +88,9 @@ def parse(text: str) -> Kernel:
     kernel = Kernel(entry[1], {name: kind for kind, name in PARAMETER.findall(entry[2])})
     source, body = "", entry[3]
     for kind, names in REGISTERS.findall(body):
-        kernel.declared |= {name.strip(): kind for name in names.split(",") if "<" not in name}
+        for name in (name.strip() for name in names.split(",") if "<" not in name):
+            if kernel.declared.setdefault(name, kind) != kind:
+                raise ValueError(f"{name} is a register of {kernel.declared[name]} and of {kind}: one of a kernel here")
     kernel.shared |= {name: int(size) for name, size in SHARED.findall(body)}
     for statement in DIRECTIVE.sub("", body).split(";"):
         rest = statement

@@ -39,6 +39,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     sparse: float | str = 0.02
     bias: bool = True
+    zero_steps: bool = False  # of every third group
     tile: Tile | None = FEW  # None: decode and multiply
 
     @property
@@ -67,6 +68,9 @@ def weight_of(case: Case) -> DenseSparseWeight:
     scheme = LayerScheme(WeightScheme(case.bits, case.group, case.symmetric, case.codebook), None)
     torch.manual_seed(case.tokens + case.rows + case.columns)
     weight = random_weight(scheme, (case.rows, case.cut + case.columns), dtype=case.dtype)
+    if case.zero_steps:
+        assert weight.scale is not None
+        weight.scale.view(-1)[::3] = 0
     if case.sparse != "none":
         mask = entries(case)
         residual = SparsePart.from_mask(torch.randn(mask.shape).to(case.dtype), mask)

@@ -59,6 +59,7 @@ GRID = {
     "one token, columns in odd number": Shipped(1, 40, 301, 2, sparse=0.01),
     "6 tokens": Shipped(6, ROWS, 512, 4, 128),
     "16 tokens, W3 asymmetric": Shipped(16, ROWS, 512, 3, 64, symmetric=False),
+    "10 tokens, steps of zero, float16": Shipped(10, 40, 512, 4, 128, zero_steps=True, dtype=torch.float16),
     "60 tokens, W2 asymmetric, uneven rows": Shipped(60, ROWS, COLUMNS, 2, 32, symmetric=False, sparse="uneven"),
     "60 tokens, W8": Shipped(60, ROWS, 320, 8, 64),
     "60 tokens, dense only": Shipped(60, ROWS, 512, 4, 128, sparse="none"),

@@ -222,13 +222,25 @@ def _fma(a, b, c, DT: tl.constexpr, PTX: tl.constexpr):
         return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
+@triton.constexpr_function
+def in_steps(kind, bits):
+    """Whether entries are (residuals.py)."""
+    return kind == layer.SYMMETRIC and bits <= layer.BITS_IN_STEPS
+
+
+@triton.constexpr_function
+def nothing(bits, kind, dtype):
+    """A word of pairs (patch.py) that adds nothing to codes, where entries are ``in_steps``, or to weights."""
+    return _twice(-_midpoint(bits, dtype), dtype) if in_steps(kind, bits) else 0
+
+
 @triton.jit
 def _plane(
-    words, levels, steps, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    words, levels, steps, pairs, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     DT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Plane PLANE of a block, int32 [S, KW, 8, 4, 2, 2] of two DT each: levels, or codes less zero points, times
-    ``strips.unit``.
+    ``strips.unit``, plus ``pairs`` where they are ``in_steps``.
 
     The lowest bits of a float whose other bits are zero are an integer times the least subnormal number, up to 8 bits
     of bfloat16 and 11 of float16 wherever they stand among them: a product makes it a number, without a conversion.
@@ -238,8 +250,10 @@ def _plane(
         return _select(levels, _bit_masks(pair, bit_of(_unit_of(PLANE), BITS), BITS), BITS, 0)
     else:
         UNIT: tl.constexpr = _twice(2.0 ** ((15 if tl.float16 == DT else 127) - bit_of(_unit_of(PLANE), BITS)), DT)
-        if KIND == ASYMMETRIC:  # noqa: SIM108 (of the two only one is compiled)
+        if KIND == ASYMMETRIC:
             less = _both(steps[PLANE * 16 // GROUP], 1, PTX)
+        elif len(pairs) > 0 and in_steps(KIND, BITS):
+            less = pairs[PLANE % len(pairs)]
         else:
             less = _twice(-_midpoint(BITS, DT), DT)
         return _fma(pair, UNIT, less, DT, PTX)
@@ -248,19 +262,19 @@ def _plane(
 @triton.jit
 def _weights(
     words, levels, steps, pairs, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-    DT: tl.constexpr, PTX: tl.constexpr,
+    DT: tl.constexpr, PTX: tl.constexpr, STEPPED: tl.constexpr,
 ):  # fmt: skip
     """Plane PLANE of a block, int32 [S, KW, 8, 4, 2, 2] of two DT each, as ``weights`` says."""
-    w = _plane(words, levels, steps, PLANE, BITS, GROUP, KIND, DT, PTX)
+    w = _plane(words, levels, steps, pairs, PLANE, BITS, GROUP, KIND, DT, PTX)
     more = _twice(-0.0, DT)
-    if len(pairs) > 0:
+    if len(pairs) > 0 and not in_steps(KIND, BITS):
         more = pairs[PLANE % len(pairs)]
     if KIND == CODEBOOK:
         if len(pairs) > 0:
             w = _fma(w, _twice(1.0, DT), more, DT, PTX)
     elif KIND == ASYMMETRIC:
         w = _fma(w, _both(steps[PLANE * 16 // GROUP], 0, PTX), more, DT, PTX)
-    else:
+    elif STEPPED:
         w = _fma(w, _both(steps[PLANE * 16 // GROUP // 2], PLANE * 16 // GROUP % 2, PTX), more, DT, PTX)
     return w
 
@@ -269,25 +283,30 @@ def _weights(
 def _planes(
     words, levels, steps, pairs, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, PTX: tl.constexpr,
+    STEPPED: tl.constexpr,
 ):  # fmt: skip
     """Planes FIRST, FIRST + STEP, ... (COUNT, a power of two), stacked behind the last dimension in that order, and
     their halves before it."""
     if COUNT > 1:
-        e = _planes(words, levels, steps, pairs, FIRST, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX)
-        o = _planes(words, levels, steps, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX)
+        e = _planes(words, levels, steps, pairs, FIRST, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX, STEPPED)
+        o = _planes(
+            words, levels, steps, pairs, FIRST + STEP, 2 * STEP, COUNT // 2, BITS, GROUP, KIND, DT, PTX, STEPPED
+        )
         return tl.join(e, o)
     else:
-        return halves(_weights(words, levels, steps, pairs, FIRST, BITS, GROUP, KIND, DT, PTX), DT)
+        return halves(_weights(words, levels, steps, pairs, FIRST, BITS, GROUP, KIND, DT, PTX, STEPPED), DT)
 
 
 @triton.jit
 def weights(
     words, levels, steps, pairs, FIRST: tl.constexpr, PLANES: tl.constexpr, S: tl.constexpr, KW: tl.constexpr,
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr, PTX: tl.constexpr,
+    STEPPED: tl.constexpr = True,
 ):  # fmt: skip
     """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block times their steps, as ``load_steps`` gives them, or their
-    levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns]."""
-    p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT, PTX)
+    levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns].
+    Without STEPPED, SYMMETRIC, they are left to be multiplied by their steps, so that pairs must be ``in_steps``."""
+    p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT, PTX, STEPPED)
     # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
     p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
     p = tl.permute(p, (1, 0, 5, 2, 7, 4, 3, 6))

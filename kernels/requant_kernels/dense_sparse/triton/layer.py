@@ -12,11 +12,13 @@ import torch
 
 from requant_kernels.dense_sparse.triton.lists import build_lists
 from requant_kernels.dense_sparse.triton.patches import build_patches
+from requant_kernels.dense_sparse.triton.residuals import divisible, in_steps
 from requant_kernels.dense_sparse.triton.slots import build_slots
 from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.weight import DenseSparseWeight
 
 SYMMETRIC, ASYMMETRIC, CODEBOOK = range(3)
+BITS_IN_STEPS = 4  # at most, of symmetric layers whose entries are in steps: the midpoint of 8 takes all of a bfloat16
 WHOLE, HERE, LATER = range(3)  # what a program's sums are: finish.py
 MOST_STEPS = 2  # of slots that go with a block of columns: as many as there are registers for
 MOST_REST = 8  # steps beyond those that a kernel may fetch before the blocks, where no strip has further ones
@@ -76,9 +78,13 @@ def kind_of(weight: DenseSparseWeight) -> int:
 def build(weight: DenseSparseWeight, *, routed: bool = False) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """(tensors, meta) of ``weight``, laid out on its device. What would hold nothing is absent. routed: it is a
     stack of experts, whose crowded strips have no programs of their own."""
-    strips = build_strips(weight)
     sparse = weight.sparse if weight.sparse and weight.sparse.nnz else None
-    patches = build_patches(sparse, strips.strips, strips.blocks) if sparse else None
+    added = sparse
+    if sparse and kind_of(weight) == SYMMETRIC and weight.scheme.weights.bits <= BITS_IN_STEPS:
+        weight = divisible(weight)
+        added = in_steps(weight)
+    strips = build_strips(weight)
+    patches = build_patches(added, strips.strips, strips.blocks) if added else None
     slots = build_slots(sparse, strips.strips) if sparse else None
     steps = min(MOST_STEPS, max(1, slots.depth // strips.blocks)) if slots else 0
     rest = max(0, slots.depth - steps * strips.blocks) if slots else 0

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, load_steps, load_words, weights
+from requant_kernels.dense_sparse.triton.decode import CODEBOOK, load_levels, load_steps, load_words, nothing, weights
 from requant_kernels.dense_sparse.triton.patch import PATCH, clear, compared, fetch, locate, put, read, reserve
 
 
@@ -30,6 +30,7 @@ def decode_kernel(
     words_at = codes_ptr + ((first + t // KW).to(tl.int64) * blocks + t % KW)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
     steps_at = scales_ptr + first * 16
+    NONE: tl.constexpr = nothing(BITS, KIND, DT)
     levels = ()
     if KIND == CODEBOOK:
         levels = load_levels(steps_at, width, BITS, S)
@@ -38,7 +39,7 @@ def decode_kernel(
         starts_at = starts_ptr + (first + lane // KW) * blocks * 2
         lane %= KW
     if ROUNDS and PTX:
-        reserve(S * KW)
+        reserve(NONE, S * KW)
         fetched = fetch(entries_ptr, locate(starts_at, 2 * lane, lane < blocks, 2), ROUNDS)
         located = locate(starts_at, 2 * (KW + lane), KW + lane < blocks, 2)
     words = ()
@@ -66,10 +67,10 @@ def decode_kernel(
                 pairs = read(now[0], S, KW)
             elif ROUNDS:
                 starts = locate(starts_at, 2 * (start + lane) + at // PATCH, start + lane < blocks, 1)
-                pairs = compared(entries_ptr, starts, S, KW)
+                pairs = compared(entries_ptr, starts, NONE, S, KW)
             w = weights(now, levels, steps, pairs, at // 16, 8, S, KW, BITS, GROUP, KIND, DT, PTX)
             k = (start + kw)[:, None, None] * 256 + at + tl.arange(0, PATCH)[None, None, :]
             to = w_ptr + row[None, :, None].to(tl.int64) * K + k
             tl.store(to, w, mask=(row < rows)[None, :, None] & (k < K))
             if ROUNDS and PTX:
-                clear(places, entries[at // PATCH], ROUNDS)
+                clear(places, entries[at // PATCH], NONE, ROUNDS)

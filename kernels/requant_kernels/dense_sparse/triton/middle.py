@@ -10,10 +10,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from requant_kernels.dense_sparse.triton.decode import (
     CODEBOOK,
+    SYMMETRIC,
     ask_for_words,
+    group_scale,
+    in_steps,
     load_levels,
     load_steps,
     load_words,
+    nothing,
     steps_of,
     weights,
 )
@@ -47,8 +51,9 @@ def middle_kernel(
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / (S * STACK), splits of the
     columns), S warps; of routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, .. of one expert, ..).
 
-    Weights are scaled, entries added, and the sums rounded to x's dtype before the product: one accumulator a tile, of
-    which a program has STACK, one below the other, so that x is read once for all of them.
+    A program has STACK tiles of sums, one below the other, so that x is read once for all of them. Weights times steps,
+    and entries, are added up and rounded to x's dtype before the product. Few tokens have fewer sums than weights:
+    AFTER, a group's products are multiplied by its steps.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256. FOURS: columns are
     multiplied in the order of ``in_fours``.
     SPAN columns, a block or half of one (not of 3 bits), are copied and decoded at a time, and a product takes COLUMNS
@@ -63,6 +68,12 @@ def middle_kernel(
     R: tl.constexpr = 16 * S
     SPANS: tl.constexpr = 256 // SPAN  # of a block
     PATCHES: tl.constexpr = SPAN // PATCH
+    SETS: tl.constexpr = BITS // SPANS  # of words in a span
+    NONE: tl.constexpr = nothing(BITS, KIND, DT)
+    FEW: tl.constexpr = TOKENS <= 32 and GROUP >= COLUMNS
+    AFTER: tl.constexpr = FEW and KIND == SYMMETRIC and (ROUNDS == 0 or in_steps(KIND, BITS))
+    # Beside buffers of entries shared memory is short, and of so few tokens there are registers left for words.
+    AHEAD: tl.constexpr = AFTER and ROUNDS > 0 and TOKENS <= 16
     first = tl.program_id(1) * (S * STACK)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
@@ -94,7 +105,7 @@ def middle_kernel(
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
     if ROUNDS and PTX:
-        reserve(S)
+        reserve(NONE, S)
         fetched = ()
         for h in tl.static_range(STACK):
             starts = locate(starts_at + h * starts_below, PATCHES * lo, None, PATCHES)
@@ -106,8 +117,18 @@ def middle_kernel(
 
     x_at = x_ptr + from_m[:, None] * K
     acc = ()
-    for _ in tl.static_range(STACK):
+    # Of the next span, where the compiler does not copy them ahead.
+    steps_ahead = ()
+    words_ahead = ()
+    for h in tl.static_range(STACK):
         acc = acc + (tl.zeros((R, TOKENS), tl.float32),)  # noqa: RUF005
+        if AFTER:
+            at = steps_at + h * R
+            steps = load_steps(at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+            steps_ahead = steps_ahead + (steps,)  # noqa: RUF005
+        if AHEAD:
+            words = load_words(words_at + h * words_below + lo * (SETS * 128), None, SETS, S, 1)
+            words_ahead = words_ahead + (words,)  # noqa: RUF005
     for span in range(lo, hi):
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
@@ -119,12 +140,18 @@ def middle_kernel(
                 x = in_fours(x)
             sums = ()
             ahead = ()
+            next_steps = ()
+            next_words = ()
             for h in tl.static_range(STACK):
                 if start == 0:
-                    at = words_at + h * words_below + span * (BITS * SPAN // 2)
-                    words = load_words(at, None, BITS // SPANS, S, 1)
+                    if AHEAD:
+                        words = words_ahead[h]
+                    else:
+                        words = load_words(words_at + h * words_below + span * (SETS * 128), None, SETS, S, 1)
                     steps = ()
-                    if KIND != CODEBOOK:
+                    if AFTER:
+                        steps = steps_ahead[h]
+                    elif KIND != CODEBOOK:
                         at = steps_at + h * R
                         steps = load_steps(at, span, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
                     if ROUNDS and PTX:
@@ -134,25 +161,40 @@ def middle_kernel(
                 for patch in tl.static_range(start // PATCH, ((start + COLUMNS) if ROUNDS else start) // PATCH):
                     if PTX:
                         if patch > start // PATCH:
-                            clear(places, fetched[h][patch - 1], ROUNDS)
+                            clear(places, fetched[h][patch - 1], NONE, ROUNDS)
                         places = put(fetched[h][patch], ROUNDS)
                         pairs = pairs + read(words[0], S, 1)
                     else:
                         at = starts_at + h * starts_below
-                        pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, None, 1), S, 1)
+                        pairs = pairs + compared(entries_ptr, locate(at, PATCHES * span + patch, None, 1), NONE, S, 1)
+                now = steps_of(steps, span, GROUP, KIND, SPAN)
                 w = weights(
-                    words, levels, steps_of(steps, span, GROUP, KIND, SPAN), pairs, start // 16, COLUMNS // 16, S, 1,
-                    BITS, GROUP, KIND, DT, PTX,
-                )  # fmt: skip
+                    words, levels, now, pairs, start // 16, COLUMNS // 16, S, 1, BITS, GROUP, KIND, DT, PTX, not AFTER
+                )
                 w = tl.reshape(w, (R, COLUMNS))
                 if FOURS:
                     w = in_fours(w)
-                sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
+                if AHEAD and start + COLUMNS == SPAN:  # the last ones' registers are free
+                    words = load_words(words_at + h * words_below + (span + 1) * (SETS * 128), None, SETS, S, 1)
+                    next_words = next_words + (words,)  # noqa: RUF005
+                if AFTER:
+                    part = tl.dot(w, tl.trans(x))
+                    step = tl.permute(group_scale(now, start // GROUP, KIND, DT), (1, 0, 5, 2, 3, 4))
+                    sums = sums + (part * tl.reshape(step, (R, 1)) + acc[h],)  # noqa: RUF005
+                    if start + COLUMNS == SPAN:
+                        at = steps_at + h * R
+                        steps = load_steps(at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+                        next_steps = next_steps + (steps,)  # noqa: RUF005
+                else:
+                    sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
-                    clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], ROUNDS)
+                    clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], NONE, ROUNDS)
                     if start + COLUMNS == SPAN:  # the last ones' registers are free
                         ahead = ahead + (fetch(entries_ptr, located, ROUNDS),)  # noqa: RUF005
             acc = sums
+            if start + COLUMNS == SPAN:
+                steps_ahead = next_steps
+                words_ahead = next_words
             if ROUNDS and PTX and start + COLUMNS == SPAN:
                 fetched = ahead
 

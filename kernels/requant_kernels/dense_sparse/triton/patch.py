@@ -1,7 +1,7 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 """Entries become part of a strip's decoded weights (patches.py): a warp scatters those of a patch over a buffer in
-shared memory that holds zeros otherwise, and reads it in the order of the tensor core's operand.
+shared memory that otherwise holds what adds nothing, and reads it in the order of the tensor core's operand.
 
 Triton has no such scatter, so it is PTX: one warp for each strip, which touches no buffer but its own. Where PTX is
 false (the interpreter, GPUs that are not NVIDIA's) every entry is compared with every pair of weights.
@@ -22,18 +22,18 @@ STRIDE = tl.constexpr(BYTES.value + 16)  # bytes from a warp's buffer to the nex
 
 
 @triton.constexpr_function
-def _reserve(warps):
-    """Buffers of zeros; $1: where the first 16 of a lane's bytes are. Their size keeps the alignment of what follows,
-    which products read (1024)."""
+def _reserve(warps, none):
+    """Buffers of words ``none``; $1: where the first 16 of a lane's bytes are. Their size keeps the alignment of what
+    follows, which products read (1024)."""
     places = range(0, BYTES.value, 512)
-    zeros = "\n".join(f"st.shared.v4.b32 [%at+{place}], {{%none, %none, %none, %none}};" for place in places)
+    stores = "\n".join(f"st.shared.v4.b32 [%at+{place}], {{%pair, %pair, %pair, %pair}};" for place in places)
     return f""".shared .align 1024 .b8 requant_patch[{-(-STRIDE.value * warps // 1024) * 1024}];
         {{
-        .reg .b32 %at, %none;
-        mov.b32 %none, 0;
+        .reg .b32 %at, %pair;
+        mov.b32 %pair, {none};
         mov.b32 %at, requant_patch;
         add.s32 %at, %at, $1;
-        {zeros}
+        {stores}
         mov.b32 $0, 0;
         }}"""
 
@@ -54,25 +54,26 @@ def _store():
 
 
 @triton.constexpr_function
-def _zero():
-    """At address $1."""
-    return """{
+def _empty(none):
+    """A half of ``none`` goes to address $1."""
+    return f"""{{
         .reg .b16 %none;
-        mov.b16 %none, 0;
+        mov.b16 %none, {none & 0xFFFF};
         st.shared.b16 [$1], %none;
         mov.b32 $0, 0;
-        }"""
+        }}"""
 
 
 @triton.constexpr_function
-def _store_others(value):
-    """``value`` goes to the places, in the buffer at $1, of the entries at address $2, of which the warp has $3."""
+def _store_others(value, none):
+    """``value``, %half or %none, a half of ``none``, goes to the places, in the buffer at $1, of the entries at address
+    $2, of which the warp has $3."""
     return f"""{{
         .reg .pred %done, %mine;
         .reg .b16 %half, %rest, %none;
         .reg .b32 %at, %buffer, %entry, %left, %lane;
         .reg .b64 %from;
-        mov.b16 %none, 0;
+        mov.b16 %none, {none & 0xFFFF};
         mov.b32 %buffer, requant_patch;
         add.s32 %buffer, %buffer, $1;
         mov.b64 %from, $2;
@@ -108,11 +109,11 @@ def read_words(buffer, at):
 
 
 @triton.jit
-def reserve(T: tl.constexpr):
-    """Buffers, of zeros. Once, at the beginning of a kernel."""
+def reserve(NONE: tl.constexpr, T: tl.constexpr):
+    """Buffers, of words NONE. Once, at the beginning of a kernel."""
     lane = tl.arange(0, 32 * T)
     at = lane // 32 * STRIDE + lane % 32 * 16
-    tl.inline_asm_elementwise(_reserve(T), "=r,r", [at], tl.int32, False, 1)
+    tl.inline_asm_elementwise(_reserve(T, NONE), "=r,r", [at], tl.int32, False, 1)
 
 
 @triton.jit
@@ -152,8 +153,8 @@ def _meet(lanes):
 
 
 @triton.jit
-def _others(entries, buffer, VALUE: tl.constexpr):
-    code: tl.constexpr = _store_others(VALUE)
+def _others(entries, buffer, VALUE: tl.constexpr, NONE: tl.constexpr):
+    code: tl.constexpr = _store_others(VALUE, NONE)
     tl.inline_asm_elementwise(code, "=r,r,l,r", [buffer, entries[AHEAD], entries[AHEAD + 1]], tl.int32, False, 1)
 
 
@@ -168,7 +169,7 @@ def put(entries, ROUNDS: tl.constexpr):
         place = tl.inline_asm_elementwise(_store(), "=&r,r,r", [buffer, entries[i]], tl.int32, False, 1)
         places = places + (place,)  # noqa: RUF005
     if ROUNDS > AHEAD:
-        _others(entries, buffer, "%half")
+        _others(entries, buffer, "%half", 0)
     _meet(buffer)
     return places
 
@@ -191,30 +192,30 @@ def read(like, S: tl.constexpr, KW: tl.constexpr):
 
 
 @triton.jit
-def clear(places, entries, ROUNDS: tl.constexpr):
-    """Zeros where ``put`` has put the entries."""
+def clear(places, entries, NONE: tl.constexpr, ROUNDS: tl.constexpr):
+    """NONE where ``put`` has put the entries."""
     buffer = tl.arange(0, entries[0].shape[0]) // 32 * STRIDE
     _meet(buffer)
     for i in tl.static_range(min(ROUNDS, AHEAD)):
-        tl.inline_asm_elementwise(_zero(), "=r,r", [places[i]], tl.int32, False, 1)
+        tl.inline_asm_elementwise(_empty(NONE), "=r,r", [places[i]], tl.int32, False, 1)
     if ROUNDS > AHEAD:
-        _others(entries, buffer, "%none")
+        _others(entries, buffer, "%none", NONE)
 
 
 @triton.jit
-def compared(entries_ptr, starts, S: tl.constexpr, KW: tl.constexpr):
+def compared(entries_ptr, starts, NONE: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
     """What ``read`` gives of a patch, without shared memory. starts: as ``locate`` gives them."""
     T: tl.constexpr = S * KW
     planes = ()
     for _ in tl.static_range(8):
-        planes = planes + (tl.zeros((T, 128), tl.int32),)  # noqa: RUF005
+        planes = planes + (tl.full((T, 128), NONE, tl.int32),)  # noqa: RUF005
     at = starts[0] + tl.arange(0, 32 * T) % 32
     for first in range(0, tl.max(starts[1] - starts[0]), 32):
         entry = tl.load(entries_ptr + at + first, mask=at + first < starts[1], other=NOWHERE)
         entry = tl.reshape(entry, (T, 32, 1))
         place = entry >> 16
         word = (place >> 2) - tl.arange(0, 128)[None, None, :]
-        value = (entry & 0xFFFF) << ((place & 2) << 3)
+        value = ((entry & 0xFFFF) - (NONE & 0xFFFF)) << ((place & 2) << 3)
         added = ()
         for plane in tl.static_range(8):
             hit = tl.sum(tl.where(word == plane * 128, value, 0), 1)

@@ -40,8 +40,8 @@ def places(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def build_patches(sparse: SparsePart, strips: int, blocks: int) -> Patches:
-    """``sparse``, at least one entry, whose values are bfloat16 or float16, of a layer of ``strips`` strips and
-    ``blocks`` blocks of columns, on its device."""
+    """``sparse``, at least one entry, whose values, bfloat16 or float16, are as residuals.py says, of a layer of
+    ``strips`` strips and ``blocks`` blocks of columns, on its device."""
     rows, columns = sparse.rows().long(), sparse.columns.to(torch.int64)
     across = blocks * (BLOCK // PATCH)
     patch = rows // STRIP * across + columns // PATCH
