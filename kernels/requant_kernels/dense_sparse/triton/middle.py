@@ -102,6 +102,17 @@ def middle_kernel(
         levels = load_levels(steps_at, width, BITS, S)
     words_below = S * blocks.to(tl.int64) * (BITS * 128)
     starts_below = S * blocks * 2
+    # Of the span that comes next, where the compiler does not copy them ahead.
+    steps_ahead = ()
+    words_ahead = ()
+    for h in tl.static_range(STACK):
+        if AFTER:
+            at = steps_at + h * R
+            steps = load_steps(at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+            steps_ahead = steps_ahead + (steps,)  # noqa: RUF005
+        if AHEAD:
+            words = load_words(words_at + h * words_below + lo * (SETS * 128), None, SETS, S, 1)
+            words_ahead = words_ahead + (words,)  # noqa: RUF005
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
     if ROUNDS and PTX:
@@ -117,18 +128,8 @@ def middle_kernel(
 
     x_at = x_ptr + from_m[:, None] * K
     acc = ()
-    # Of the next span, where the compiler does not copy them ahead.
-    steps_ahead = ()
-    words_ahead = ()
-    for h in tl.static_range(STACK):
+    for _ in tl.static_range(STACK):
         acc = acc + (tl.zeros((R, TOKENS), tl.float32),)  # noqa: RUF005
-        if AFTER:
-            at = steps_at + h * R
-            steps = load_steps(at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
-            steps_ahead = steps_ahead + (steps,)  # noqa: RUF005
-        if AHEAD:
-            words = load_words(words_at + h * words_below + lo * (SETS * 128), None, SETS, S, 1)
-            words_ahead = words_ahead + (words,)  # noqa: RUF005
     for span in range(lo, hi):
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
