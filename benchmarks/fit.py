@@ -40,11 +40,11 @@ def main() -> int:
         if arguments.tokens and tokens not in arguments.tokens:
             continue
         runs = [predicted(launch, gpu) for launch in layers]
-        times, measured = [run.seconds * 1e6 for run in runs], [launch.micros for launch in layers]
-        total, was = sum(times), sum(measured)
+        ratios = [run.seconds * 1e6 / launch.micros for run, launch in zip(runs, layers, strict=True)]
+        total, was = sum(run.seconds * 1e6 for run in runs), sum(launch.micros for launch in layers)
         of_blocks.append(math.log(total / was))
-        of_layers += [math.log(time / real) for time, real in zip(times, measured, strict=True)]
-        off = " / ".join(f"{time / real - 1:+.0%}" for time, real in zip(times, measured, strict=True))
+        of_layers += [math.log(ratio) for ratio in ratios]
+        off = " / ".join(f"{ratio - 1:+.0%}" for ratio in ratios)
         issued = " / ".join(f"{run.issued:.0%}" for run in runs)
         rows.append(
             [tokens, scheme, f"{density:.1%}", f"{total:.1f}", f"{was:.1f}", f"{total / was - 1:+.0%}", off, issued]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from benchmarks.prediction.code import Instruction
 from benchmarks.prediction.gpus import Gpu
@@ -36,23 +37,14 @@ def _read() -> tuple[dict[str, Compiled], tuple[Launch, ...]]:
     """The kernels' loads and stores are told apart already: an instruction's ``function`` is where it goes."""
     found = json.loads(lzma.decompress(FILE.read_bytes()))
     kernels = {
-        name: Compiled([_instruction(*one) for one in kernel.pop("code")], **kernel)
+        name: Compiled([_instruction(one) for one in kernel.pop("code")], **kernel)
         for name, kernel in found["kernels"].items()
     }
     return kernels, tuple(Launch(**launch) for launch in found["launches"])
 
 
-def _instruction(  # noqa: PLR0917
-    name: str,
-    operands: str,
-    predicate: str,
-    stall: int,
-    written: int | None,
-    read: int | None,
-    waits: list[int],
-    access: str,
-    target: int | None,
-) -> Instruction:
+def _instruction(fields: list[Any]) -> Instruction:
+    name, operands, predicate, stall, written, read, waits, access, target = fields
     return Instruction(name, operands, predicate, stall, written, read, tuple(waits), access, "", target)
 
 

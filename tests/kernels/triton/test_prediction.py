@@ -13,8 +13,6 @@ from benchmarks.prediction.gpus import H200, Gpu
 from benchmarks.prediction.processor import Access, Processor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiler's cache would be the GPU's")
-
-
 IDEAL = replace(H200, issue=1.0)
 
 
@@ -133,8 +131,8 @@ def test_copies_are_waited_for_by_their_number() -> None:
 
 @pytest.mark.parametrize("layer", ["o", "gate_up"])
 def test_launches_take_about_as_long_as_measured(layer: str) -> None:
-    """On an H200 (docs/ROOFLINE.md): a layer whose columns are split and one whose are not. A
-    quarter is what the worst is off."""
+    """On an H200 (docs/ROOFLINE.md): a layer whose columns are split and one whose are not. A quarter is what the worst
+    is off."""
     found = [one for one in measured.launches() if one.layer == layer and one.scheme == "W4 g128"]
     assert {one.tokens for one in found} == {1, 4, 16, 64}
     for one in found:

@@ -272,7 +272,7 @@ def _weights(
     if KIND == CODEBOOK:
         if len(pairs) > 0:
             w = _fma(w, _twice(1.0, DT), more, DT, PTX)
-    elif KIND == ASYMMETRIC:
+    elif STEPPED and KIND == ASYMMETRIC:
         w = _fma(w, _both(steps[PLANE * 16 // GROUP], 0, PTX), more, DT, PTX)
     elif STEPPED:
         w = _fma(w, _both(steps[PLANE * 16 // GROUP // 2], PLANE * 16 // GROUP % 2, PTX), more, DT, PTX)
@@ -305,7 +305,7 @@ def weights(
 ):  # fmt: skip
     """Columns [16 * FIRST, 16 * (FIRST + PLANES)) of a block times their steps, as ``load_steps`` gives them, or their
     levels, plus ``pairs``, words of 8 planes (patch.py) for each 128 columns, if there are any: DT [KW, R, columns].
-    Without STEPPED, SYMMETRIC, they are left to be multiplied by their steps, so that pairs must be ``in_steps``."""
+    Without STEPPED they are left to be multiplied by their steps, so that pairs must be ``in_steps``."""
     p = _planes(words, levels, steps, pairs, FIRST, 1, PLANES, BITS, GROUP, KIND, DT, PTX, STEPPED)
     # strip, kw, g, t, kh, rh, half, plane -> kw, (strip, rh, g), (plane, kh, t, half)
     p = tl.reshape(p, (S, KW, 8, 4, 2, 2, 2, PLANES))
@@ -353,21 +353,10 @@ def group_scale(steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr
 
 @triton.jit
 def scaled_after(part, steps, GROUP: tl.constexpr, KIND: tl.constexpr, DT: tl.constexpr):
-    """part fp32 [KW, R, 1], sums of codes less zero points of the block's group GROUP, times their steps."""
+    """part fp32 [KW, R, 1], or of KW = 1 [R, tokens], sums of codes less zero points of the block's group GROUP, times
+    their steps."""
     step = tl.permute(group_scale(steps, GROUP, KIND, DT), (1, 0, 5, 2, 3, 4))
-    return part * tl.reshape(step, part.shape)
-
-
-@triton.jit
-def without_steps(steps, KIND: tl.constexpr, DT: tl.constexpr):
-    """Words of steps with ones instead, and zero points as they are."""
-    ones = ()
-    for word in tl.static_range(len(steps)):
-        if KIND == ASYMMETRIC:
-            ones = ones + ((steps[word] & -0x10000) | (_twice(1.0, DT) & 0xFFFF),)  # noqa: RUF005
-        else:
-            ones = ones + (steps[word] * 0 + _twice(1.0, DT),)  # noqa: RUF005
-    return ones
+    return part * tl.reshape(step, part.shape[:-1] + [1])  # noqa: RUF005
 
 
 @triton.constexpr_function

@@ -12,12 +12,12 @@ from requant_kernels.dense_sparse.triton.decode import (
     CODEBOOK,
     SYMMETRIC,
     ask_for_words,
-    group_scale,
     in_steps,
     load_levels,
     load_steps,
     load_words,
     nothing,
+    scaled_after,
     steps_of,
     weights,
 )
@@ -180,8 +180,7 @@ def middle_kernel(
                     next_words = next_words + (words,)  # noqa: RUF005
                 if AFTER:
                     part = tl.dot(w, tl.trans(x))
-                    step = tl.permute(group_scale(now, start // GROUP, KIND, DT), (1, 0, 5, 2, 3, 4))
-                    sums = sums + (part * tl.reshape(step, (R, 1)) + acc[h],)  # noqa: RUF005
+                    sums = sums + (scaled_after(part, now, start // GROUP, KIND, DT) + acc[h],)  # noqa: RUF005
                     if start + COLUMNS == SPAN:
                         at = steps_at + h * R
                         steps = load_steps(at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)

@@ -21,7 +21,6 @@ from requant_kernels.dense_sparse.triton.decode import (
     rows_at,
     scaled_after,
     weights,
-    without_steps,
     words_of,
 )
 from requant_kernels.dense_sparse.triton.digits import add_block, columns, load_fours, reserve, weight_of
@@ -162,8 +161,7 @@ def one_kernel(
                 k = (block + kw)[:, None, None] * 256 + start + tl.arange(0, COLUMNS)[None, :, None]
                 x = tl.broadcast_to(tl.load(x_ptr + k, mask=k < last, other=0.0), (BATCH, COLUMNS, 1))
                 w = weights(
-                    words, levels, without_steps(steps, KIND, DT), (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP,
-                    KIND, DT, PTX,
+                    words, levels, steps, (), start // 16, COLUMNS // 16, S, KW, BITS, GROUP, KIND, DT, PTX, False
                 )  # fmt: skip
                 part = tl.dot(tl.reshape(w, (BATCH, ROWS, COLUMNS)), x)
                 if KIND != CODEBOOK:
