@@ -46,14 +46,14 @@ class Instruction:
 
 
 @cache
-def _functions(path: str) -> list[tuple[int, int, str]]:
+def _functions(path: str) -> list[tuple[int, str]]:
     tree = ast.parse(Path(path).read_text())
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return [(node.lineno, node.end_lineno or node.lineno, node.name) for node in found]
+    return sorted((node.lineno, node.name) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
 def _function(path: str, line: int) -> str:
-    return next((name for first, last, name in _functions(path) if first <= line <= last), "")
+    """The last that begins before: lines of inline assembler are counted on from where it stands."""
+    return next((name for first, name in reversed(_functions(path)) if first <= line), "")
 
 
 def _scoreboard(bits: int) -> int | None:
@@ -90,16 +90,22 @@ def _resolved(one: Instruction, labels: dict[str, int]) -> Instruction:
 
 
 def longest_loop(code: list[Instruction]) -> range:
-    """From the target of a backward branch to the branch."""
-    loops = (range(one.target, end) for end, one in enumerate(code, 1) if one.target is not None and one.target < end)
-    return max(loops, key=len, default=range(0))
+    """From the target of a backward branch to the branch: of those with products, where there are any."""
+    loops = [range(one.target, end) for end, one in enumerate(code, 1) if one.target is not None and one.target < end]
+    multiply = [loop for loop in loops if any("MMA" in code[at].name for at in loop)]
+    return max(multiply or loops, key=len, default=range(0))
 
 
 def path(code: list[Instruction], begin: int, end: int) -> list[int]:
     """The instructions that a warp goes through from ``begin`` to ``end``: what is in a loop but the longest is skipped
-    where that is a choice, else gone through once."""
+    where that is a choice, unless it stores, else gone through once."""
     main = longest_loop(code)
     loops = [range(one.target, i + 1) for i, one in enumerate(code) if one.target is not None and one.target <= i]
+    needed = [loop for loop in loops if loop == main or any(code[i].base == "STG" for i in loop)]
+
+    def skips(at: int, ahead: int, some: list[range]) -> bool:
+        return any(at < loop.start and loop.stop <= ahead for loop in some)
+
     found, at = list[int](), begin
     while at < end:
         found.append(at)
@@ -107,9 +113,7 @@ def path(code: list[Instruction], begin: int, end: int) -> list[int]:
         ahead = one.target if one.target is not None and one.target > at else None
         if one.base == "EXIT" and not one.predicate:
             break
-        if ahead and (
-            not one.predicate or any(at < loop.start and loop.stop <= ahead for loop in loops if loop != main)
-        ):
+        if ahead and (not one.predicate or (skips(at, ahead, loops) and not skips(at, ahead, needed))):
             at = ahead
         else:
             at += 1

@@ -35,7 +35,7 @@ class Gpu:
     to_l2: int = 350
     to_l1: int = 36
     to_shared: int = 26
-    fence: int = 1000
+    fence: int = 500
     issue: float = 1.6
     launch: float = 1.0e-6
 

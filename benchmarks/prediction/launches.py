@@ -1,7 +1,7 @@
 """Launches of the shipped tables, or of another tile, on a layer: what is compiled, how many programs, their paths."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import cycle, islice
@@ -18,7 +18,7 @@ from benchmarks.kernel_timing.layers import Setting, random_weight
 from benchmarks.kernel_timing.shapes import Load
 from benchmarks.prediction.code import Instruction, longest_loop, parse, path
 from benchmarks.prediction.gpus import REGISTERS, SCHEDULERS, WARPS, Gpu, product_tiles
-from benchmarks.prediction.processor import Access, Processor
+from benchmarks.prediction.processor import OFF, Access, Processor
 
 SAMPLE = 256  # rows of which a layer's slots and patches are laid out, to know how many there are of each
 ROUNDS = 3  # of programs that a processor goes through; what comes after them is taken to go on like that
@@ -33,6 +33,7 @@ _LEVELS = {
     "middle_kernel": "l2",
     "added_up": "l2",
     "all_arrived": "l2",
+    "await_all": "l2",
     "locate": "l1",
 }
 
@@ -64,10 +65,12 @@ class Compiled:
 
 def access(one: Instruction) -> Access | None:
     """Of global memory; None of shared memory, and of what is no access."""
-    if one.base not in ("LDG", "LDGSTS", "STG", "ATOMG", "RED"):
+    if one.base not in ("LDG", "LDGSTS", "STG", "ATOMG", "REDG"):
         return None
     if one.base == "STG":
-        return Access("memory", 32 * one.bytes)
+        return Access("l2" if one.function == "finish" else "memory", 32 * one.bytes)
+    if one.function == "locate_next":
+        return OFF  # its predicate is true once in 32 patches
     narrow = one.bytes < 16 and one.function in _SHARED
     return Access(_LEVELS.get(one.function, "memory"), _SHARED[one.function] if narrow else 32 * one.bytes)
 
@@ -102,28 +105,72 @@ def _laid_out(load: Load) -> tuple[Layer, bool]:
 
 
 def paths(code: list[Instruction], iterations: int, splits: int) -> list[list[int]]:
-    """What warps of a program go through, of each of ``splits`` programs that share a tile: of these the last one alone
-    adds the shares up."""
+    """What warps of a program go through, of each of ``splits`` programs that share a tile: of these one, here the
+    first, adds the shares up."""
     loop = longest_loop(code)
     peeled = any("MMA" in one.name for one in code[: loop.start])  # the first iteration
     before, within = (sum(code[at].base == "LDGDEPBAR" for at in part) for part in (range(loop.start), loop))
     last = [at + len(code) * (code[at].base == "LDGSTS") for at in loop]  # of what comes behind the end
     ahead = min(before // within, iterations - peeled) if within else 0
     head = [*path(code, 0, loop.start), *list(loop) * (iterations - peeled - ahead), *last * ahead]
-    tail = path(code, loop.stop, len(code))
-    first_exit = next(i for i, at in enumerate(tail) if code[at].base == "EXIT")
-    return [head + tail[: first_exit + 1]] * (splits - 1) + [head + tail]
+    tail = _all_added(code, path(code, loop.stop, len(code)), splits)
+    first_exit = next(i for i, at in enumerate(tail) if code[at % len(code)].base == "EXIT")
+    return [head + tail] + [head + tail[: first_exit + 1]] * (splits - 1)
+
+
+def _all_added(code: list[Instruction], tail: list[int], splits: int) -> list[int]:
+    """The way ``tail`` behind the last loop with those that add up shares of sums gone through as often as it takes: a
+    loop of rows, where there is one, and within it one of shares, one or some at a time."""
+    loops = [range(one.target, at + 1) for at, one in enumerate(code) if one.target is not None and one.target <= at]
+    waiting = [loop for loop in loops if any(code[at].base == "CCTL" for at in loop)]  # for the programs of the tile
+    adding = [loop for loop in loops if loop not in waiting and any(code[at].base == "LDG" for at in loop)]
+
+    def bytes_of(base: str, where: Iterable[int]) -> int:
+        return sum(code[at].bytes for at in where if code[at].base == base)
+
+    found, begins = list[int](), dict[int, int]()
+    counted, stored, rows = False, 0, 0
+    for at in tail:
+        begins[at] = len(found)
+        found.append(at)
+        counted |= code[at].base in ("ATOMG", "REDG")
+        if not counted:
+            stored = rows = stored + bytes_of("STG", [at])
+        for loop in (loop for loop in adding if counted and at in (loop.start, loop[-1])):
+            once, out = found[begins[loop.start] :], 2 * bytes_of("STG", loop)  # 16 bits of fp32
+            if at == loop.start:
+                rows = out or rows
+            elif out:  # who has waited adds up a part of the tile
+                found[begins[loop.start] :] = _repeated(code, once, stored / out / (splits if waiting else 1))
+            else:
+                found[begins[loop.start] :] = _repeated(code, once, splits / (bytes_of("LDG", loop) // rows))
+    return found
+
+
+def _repeated(code: list[Instruction], way: list[int], times: float) -> list[int]:
+    """The last time with those accesses masked out that are too many."""
+    whole = int(times)
+    active = Counter(code[at].base for at in way if at < len(code))
+    seen, rest = Counter[str](), list[int]()
+    for at in way if times > whole else ():
+        base = code[at % len(code)].base
+        seen[base] += at < len(code)
+        masked = base in ("LDG", "STG") and at < len(code) and seen[base] > (times - whole) * active[base]
+        rest.append(at + len(code) * masked)
+    return way * whole + rest
 
 
 def run(
     one: Compiled, place: Callable[[Instruction], Access | None], gpu: Gpu, ways: list[list[int]], programs: int
 ) -> Run:
-    """Of ``programs`` on all processors, whose warps take ``ways`` in turn."""
+    """Of ``programs`` on all processors, whose warps take ``ways`` in turn, the last one that a processor starts the
+    first of them."""
     each, resident = -(-programs // gpu.processors), one.resident(gpu)
     some = min(each, ROUNDS * resident)
     processor = Processor(one.code, place, gpu, one.warps)
-    cycles = processor.run(ways, some, resident)
-    issued = sum(len(way) for way in islice(cycle(ways), some)) * one.warps
+    taken = list(islice(cycle(ways), some))[::-1]
+    cycles = processor.run(taken, some, resident)
+    issued = sum(map(len, taken)) * one.warps
     return Run(cycles * (each / some) / gpu.clock + gpu.launch, processor.waits, issued / SCHEDULERS / cycles)
 
 

@@ -89,7 +89,7 @@ def _units(gpu: Gpu) -> dict[str, tuple[str, int]]:
         ("float", gpu.float32): ("FFMA", "FMUL", "FADD", "FFMA32I"),
         ("half", gpu.half2): ("HFMA2", "HADD2", "HMUL2"),
         ("multiply", 2): ("IMAD",),
-        ("access", 2): ("LDG", "LDS", "STS", "STG", "LDSM", "STSM", "LDGSTS", "ATOMG", "ATOMS", "SHFL", "RED"),
+        ("access", 2): ("LDG", "LDS", "STS", "STG", "LDSM", "STSM", "LDGSTS", "ATOMG", "ATOMS", "SHFL", "REDG"),
         ("matrix", gpu.mma): ("HMMA", "IMMA"),
         ("special", 8): ("REDUX", "MUFU"),
         ("uniform", 2): ("S2UR", "R2UR"),
@@ -217,7 +217,7 @@ class Processor:
                 warp.products = [*warp.products[-GROUPS:], self._matrix[scheduler] + WGMMA_LATENCY]
         elif base == "BRA":
             warp.ready = max(warp.ready, now + BRANCH)
-        elif base == "MEMBAR":
+        elif one.name.startswith("MEMBAR") and one.name.endswith("GPU"):
             warp.ready = now + self._gpu.fence
         if one.written is not None:
             self._later(math.ceil(done), warp, one.written)

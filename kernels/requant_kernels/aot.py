@@ -155,16 +155,18 @@ def compile_variant(variant: Variant, target: str) -> Report:
 
 
 def longest_loop(code: str) -> list[str]:
-    """Operations between the target of a backward branch and the branch, in the disassembly of cuobjdump."""
+    """Operations between the target of a backward branch and the branch, in the disassembly of cuobjdump; of loops with
+    products, where there are any."""
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
     at = {int(address, 16): index for index, (address, _, _) in enumerate(found)}
-    longest = (0, 0)
+    longest = (False, 0, 0)
     for end, (_, operation, operands) in enumerate(found, 1):
         target = re.search(r"0x([0-9a-f]+)", operands)
         if operation.startswith("BRA") and target:
             begin = at.get(int(target[1], 16), end)  # what lies ahead is no loop
-            longest = max(longest, (end - begin, begin))
-    length, begin = longest
+            multiplies = any("MMA" in operation for _, operation, _ in found[begin:end])
+            longest = max(longest, (multiplies, end - begin, begin))
+    _, length, begin = longest
     return [operation for _, operation, _ in found[begin : begin + length]]
 
 

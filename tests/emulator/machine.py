@@ -1,5 +1,7 @@
 """Runs what the compiler made of a kernel, its PTX, on numpy: warp after warp, from barrier to barrier.
 
+Programs start as on a GPU, in the order of the grid, a few at the same time.
+
 Every instruction becomes a function of a warp. What no kernel of ours has used so far raises NotImplementedError.
 """
 
@@ -11,16 +13,18 @@ from random import Random
 import numpy as np
 
 from tests.emulator import products, pure, transfers
-from tests.emulator.memory import Fault, Global, Program, Shared
+from tests.emulator.memory import Fault, Global, Program, Shared, Told
 from tests.emulator.ptx import Instruction, Kernel
 from tests.emulator.registers import Registers, Warp
 
 BUILDERS: dict[str, Callable[[Registers, Instruction], pure.Step]] = {
     "mov": pure.move,
     "ld.param": transfers.parameter,
+    "ld.global.gpu.acquire": transfers.atomic,
     "ld": transfers.load,
     "st": transfers.store,
     "atom": transfers.atomic,
+    "red": transfers.atomic,
     "cp.async.commit_group": transfers.commit_copies,
     "cp.async.wait_group": transfers.wait_for_copies,
     "cp.async": transfers.copy,
@@ -42,10 +46,13 @@ BUILDERS: dict[str, Callable[[Registers, Instruction], pure.Step]] = {
 """By how an opcode begins, the longer first; all others are ``pure``."""
 
 
+RESIDENT = 16  # programs that run at the same time
+
+
 @dataclass(frozen=True)
 class Launch:
     """``arguments``: the parameters as integers. ``pdl``: it begins before the launch before it has ended.
-    ``order``: seed of the order in which programs and warps run."""
+    ``order``: seed of the order in which programs that run at the same time, and warps, take turns."""
 
     arguments: list[int]
     grid: tuple[int, int, int]
@@ -99,25 +106,31 @@ class Code:
             values[name] = size
             size += declared
         x, y, z = map(range, launch.grid)
-        places = list(product(x, y, z))
-        random = Random(launch.order)
-        random.shuffle(places)
-        epoch, released = 1, np.zeros(len(places), dtype=np.int64)
-        for number, place in enumerate(places):
-            program = Program(place, number, epoch, released)
-            shared = Shared(size, size - own, memory.traffic)
-            here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
-            running = [
-                self._until_end(
-                    Warp(program, index, not launch.pdl, self._registers.filled(here, index), memory, shared)
-                )
-                for index in range(launch.warps)
-            ]
-            while running:
-                random.shuffle(running)
-                running = [warp for warp in running if next(warp, False)]
-                program.epoch += 1
-            epoch = program.epoch
+        places = [(i, j, k) for k, j, i in product(z, y, x)]
+        random, told = Random(launch.order), Told(np.zeros(len(places), dtype=np.int64))
+        pending, running = list(enumerate(places))[::-1], list[tuple[Program, list[Iterator[bool]]]]()
+        while pending or running:
+            while pending and len(running) < RESIDENT:
+                number, place = pending.pop()
+                program = Program(place, number, told)
+                shared = Shared(size, size - own, memory.traffic)
+                here = values | {f"%ctaid.{axis}": index for axis, index in zip("xyz", place, strict=True)}
+                warps = [
+                    self._until_end(
+                        Warp(program, index, not launch.pdl, self._registers.filled(here, index), memory, shared)
+                    )
+                    for index in range(launch.warps)
+                ]
+                running.append((program, warps))
+            ready = [one for one in running if not one[0].waits]
+            if not ready:
+                raise Fault(f"{self.kernel.name}: all programs that run wait for others")
+            program, warps = one = random.choice(ready)
+            random.shuffle(warps)
+            warps[:] = [warp for warp in warps if next(warp, False)]
+            program.epoch += 1
+            if not warps:
+                running.remove(one)
 
     def _until_end(self, warp: Warp) -> Iterator[bool]:
         """Yields at every barrier."""

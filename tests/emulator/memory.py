@@ -11,7 +11,7 @@ a kernel declares itself: what Triton exchanges within a warp it orders otherwis
 
 import ctypes
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,15 +29,33 @@ class Fault(AssertionError):
 
 
 @dataclass
+class Told:
+    """What programs of a launch tell each other. ``released`` int64, of each the epoch in which it has told what it had
+    done before; ``counts``: additions that changed something."""
+
+    released: Array
+    counts: int = 0
+
+
+@dataclass
 class Program:
-    """One program of a launch. ``epoch``: barriers passed, by it and all programs before it. ``released`` int64, shared
-    by all programs: the epoch in which each has told the others what it had done before."""
+    """One program of a launch. ``epoch``: its barriers so far. ``acquired``: what it has been told of each other one.
+    ``looked``: ``Told.counts`` whenever it looked at a counter since it has changed one."""
 
     at: tuple[int, int, int]
     number: int
-    epoch: int
-    released: Array
-    acquired: bool = False
+    told: Told
+    epoch: int = 1
+    acquired: Array = field(init=False)
+    looked: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.acquired = np.zeros_like(self.told.released)
+
+    @property
+    def waits(self) -> bool:
+        """For others: it has looked again, and nothing has changed since."""
+        return self.looked[-2:] == [self.told.counts] * 2
 
 
 @dataclass
@@ -68,7 +86,7 @@ class Tracker:
         if not others.any():
             return others
         program, owner = actor.program, ids // WARPS
-        told = program.acquired & (epochs < program.released[owner])
+        told = epochs < program.acquired[owner]
         return others & np.where(owner == program.number, epochs == program.epoch, ~told)
 
     def read(self, at: Array, actor: Actor) -> None:
@@ -148,14 +166,18 @@ class Memory:
         """A write that is on its way from now on."""
         self._tracker.write(self._bytes(items, size), actor, same=False)
 
-    def add(self, item: int, value: int, actor: Actor) -> int:
-        """Atomically, to 4 bytes; what was there before. What the program did up to its last barrier comes before what
-        other programs do after their next addition."""
-        program = actor.program
-        program.acquired = True
-        program.released[program.number] = program.epoch
+    def count(self, item: int, then: Callable[[int], int], actor: Actor, order: str) -> int:
+        """Atomically, 4 bytes; what was there before. With ``order`` release what the program did up to its last
+        barrier comes before what others do that acquire it; acq_rel is both."""
+        program, told = actor.program, actor.program.told
         before = int(self._by_size[4][item])
-        self._by_size[4][item] = (before + value) % 2**32
+        self._by_size[4][item] = after = then(before) % 2**32
+        if order in ("release", "acq_rel"):
+            told.released[program.number] = program.epoch
+        if order in ("acquire", "acq_rel"):
+            program.acquired = told.released.copy()
+        told.counts += after != before
+        program.looked = [*program.looked, told.counts] if after == before else []
         return before
 
     @staticmethod

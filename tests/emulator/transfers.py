@@ -73,19 +73,31 @@ def store(registers: Registers, instruction: Instruction) -> Step:
 
 
 def atomic(registers: Registers, instruction: Instruction) -> Step:
-    """atom.global.gpu.acq_rel.add.u32."""
-    if instruction.parts[1:] != ("global", "gpu", "acq_rel", "add", "u32"):
+    """atom and red, of 32 bits in global memory for the whole GPU: add, and inc, which goes to zero from its operand
+    on; and a load that acquires."""
+    name, *parts = instruction.parts
+    [order] = {"acq_rel", "acquire", "release", "relaxed"} & set(parts) or {""}
+    [operation] = {"add", "inc"} & set(parts) or {""}
+    kind = {"b32"} if name == "ld" else {operation, "u32"}
+    if set(parts) != {"global", "gpu", order} | kind:
         raise NotImplementedError(instruction.text)
-    to, of, by = instruction.operands
-    target, addend, address, active = (
-        registers.slot(to), registers.slot(by), registers.address(of), registers.active(instruction)
-    )  # fmt: skip
+    operands = [*instruction.operands, 0] if name == "ld" else instruction.operands
+    *to, of, by = operands
+    second, address, active = registers.slot(by), registers.address(of), registers.active(instruction)
+    [target] = registers.vector(to[0] if to else "_")
 
     def step(warp: Warp) -> None:
         register = warp.registers[target].copy()
         for lane in active(warp):
             memory, items = warp.memory.locate(address(warp)[lane : lane + 1], 4, 1)
-            register[lane] = memory.add(items[0, 0], int(warp.registers[addend][lane]), warp)
+            operand = int(warp.registers[second][lane])
+
+            def then(before: int, operand: int = operand) -> int:
+                if operation == "inc":
+                    return before + 1 if before < operand else 0
+                return before + operand
+
+            register[lane] = memory.count(items[0, 0], then, warp, order)
         warp.registers[target] = register
 
     return step

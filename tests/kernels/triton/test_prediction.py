@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from requant_kernels.dense_sparse.triton.layer import HERE
 from requant_kernels.dense_sparse.triton.table import tables
 
 from benchmarks.kernel_timing.shapes import Load, Shape
@@ -141,12 +142,12 @@ def test_launches_take_about_as_long_as_measured(layer: str) -> None:
         assert 0.25 < run.issued < 0.6
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
-def test_a_launch(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1024), (16, 4096), (64, 1024), (1024, 1024)])
+def test_a_launch(tokens: int, columns: int) -> None:
     """No layer takes less time than its bytes, nor less with entries than without; four times as many rows as
     fill the GPU take longer."""
     predict = launches.Predictor(H200, tables()["h200"])
-    load = Load(Shape("", "", 16384, 1024), 4, 128, 0.005, tokens)
+    load = Load(Shape("", "", 16384, columns), 4, 128, 0.005, tokens)
     time = predict(load)
     whole = H200.memory * H200.processors * H200.clock
     assert time > load.shape.weights / 2 / whole
@@ -170,3 +171,22 @@ def test_loads_are_told_apart() -> None:
     whole = path(code, 0, len(code))
     assert code[whole[-1]].base == "EXIT"
     assert loop.start in whole
+
+
+@pytest.mark.parametrize("splits", [2, 4, 8])
+def test_programs_that_share_a_tile_read_as_much_as_they_store(splits: int) -> None:
+    """Each adds up its part of all shares."""
+    table = tables()["h200"]
+    tile = replace(table.largest(64, 4, False), up_to=64)
+    load = Load(Shape("", "", 4096, 4096), 4, 128, 0.005, 1)
+    code = launches.compiled("h200", tile, load, "90", HERE).code
+    loop = longest_loop(code)
+    assert any("MMA" in code[at].name for at in loop)
+    for way in launches.paths(code, 4, splits):
+        behind = [code[at] for at in way[len(way) - way[::-1].index(loop[-1]) :] if at < len(code)]
+        stored = sum(one.bytes for one in behind if one.base == "STG" and one.function == "finish")
+        assert stored == tile.strips * 16 * tile.tokens * 4 // (32 * tile.warps)
+        assert sum(one.bytes for one in behind if one.function == "added_up" and one.base == "LDG") == stored
+        assert (
+            sum(one.bytes for one in behind if one.function == "_write" and one.base == "STG") == stored // 2 // splits
+        )

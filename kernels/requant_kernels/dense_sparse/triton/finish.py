@@ -1,46 +1,75 @@
 # Triton's language, typed by its own compiler; the arguments of a kernel are positional.
 # mypy: ignore-errors
 # ruff: noqa: PLR0917
-"""What becomes of a program's sums: the output, or a share of it that the last program of a tile adds up (shares.py),
-or ``reduce_kernel`` where crowded rows have overflow."""
+"""What becomes of a program's sums: the output, or a share of it that is added up to the others of a tile (shares.py),
+or by ``reduce_kernel`` where crowded rows have overflow."""
 
 import triton
 import triton.language as tl
 
 from requant_kernels.dense_sparse.triton import layer
-from requant_kernels.shares import added_up, all_arrived
+from requant_kernels.shares import added_up, all_arrived, await_all, leave
 
 WHOLE, HERE, LATER = (tl.constexpr(split) for split in (layer.WHOLE, layer.HERE, layer.LATER))
 
 
 @triton.jit
-def _write(y, out_ptr, bias_ptr, m, n, M, N, BIAS: tl.constexpr, DT: tl.constexpr):
+def _write(y, out_ptr, bias_ptr, m, n, live, M, N, BIAS: tl.constexpr, DT: tl.constexpr):
     if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + m[None, :].to(tl.int64) * N + n[:, None], y.to(DT), mask=(m < M)[None, :] & (n < N)[:, None])
+        y += tl.load(bias_ptr + n, mask=live, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + m[None, :].to(tl.int64) * N + n[:, None], y.to(DT), mask=(m < M)[None, :] & live[:, None])
+
+
+@triton.jit
+def _add_up(
+    shares, out_ptr, bias_ptr, m, first, begin, end, M, N, share, splits,
+    ROWS: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr,
+):  # fmt: skip
+    """The shares of rows [begin, end) of a tile, which begins at row ``first`` of the output."""
+    TOKENS: tl.constexpr = m.shape[0]
+    SOME: tl.constexpr = min(ROWS, 32)
+    AT_ONCE: tl.constexpr = min(8, 16384 // (SOME * TOKENS))
+    for start in range(begin, end, SOME):
+        row = tl.max_contiguous(start + tl.arange(0, SOME), 4)  # so that sums stay with their threads until stored
+        n = first + row
+        live = (row < end) & (n < N)
+        at = shares + row[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
+        total = added_up(at, share, splits, live[:, None], AT_ONCE)
+        _write(total, out_ptr, bias_ptr, m, n, live, M, N, BIAS, DT)
 
 
 @triton.jit
 def finish(
-    y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tile, tiles,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr,
+    sums, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, first, M, N, split, splits, tile, tiles,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """y fp32 [R, TOKENS] of rows ``n`` and tokens ``m`` goes to out DT [M, N], with the bias.
+    """Sums, fp32 [R, TOKENS] each, one below the other, of rows from ``first`` on and tokens ``m`` go to out DT [M, N],
+    with the bias.
 
-    With SPLIT it is one of ``splits`` shares, fp32 [splits, tiles, R, TOKENS], of tile ``tile``, which are added up
-    HERE, by the last program, or LATER. arrived int32 [tiles].
+    With SPLIT they are one of ``splits`` shares, fp32 [splits, tiles, TOKENS, all rows of a tile], of tile ``tile``,
+    which are added up HERE, by the last program or by all TOGETHER, or LATER. arrived int32 [tiles].
     """
-    R: tl.constexpr = y.shape[0]
-    TOKENS: tl.constexpr = y.shape[1]
+    R: tl.constexpr = sums[0].shape[0]
+    TOKENS: tl.constexpr = sums[0].shape[1]
+    ROWS: tl.constexpr = len(sums) * R
     if SPLIT == WHOLE:
-        _write(y, out_ptr, bias_ptr, m, n, M, N, BIAS, DT)
+        for h in tl.static_range(len(sums)):
+            n = first + h * R + tl.arange(0, R)
+            _write(sums[h], out_ptr, bias_ptr, m, n, n < N, M, N, BIAS, DT)
     else:
-        share = tiles.to(tl.int64) * (R * TOKENS)
-        at = shares_ptr + tile.to(tl.int64) * (R * TOKENS)
-        at += tl.arange(0, R)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        tl.store(at + split * share, y)
+        share = tiles.to(tl.int64) * (ROWS * TOKENS)
+        shares = shares_ptr + tile.to(tl.int64) * (ROWS * TOKENS)
+        at = shares + split * share + tl.arange(0, R)[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
+        for h in tl.static_range(len(sums)):
+            tl.store(at + h * R, sums[h])
         if SPLIT == HERE:
-            last = all_arrived(arrived_ptr + tile, splits)
-            if last:
-                total = added_up(at, share, arrived_ptr + tile, splits)
-                _write(total, out_ptr, bias_ptr, m, n, M, N, BIAS, DT)
+            if TOGETHER:
+                await_all(arrived_ptr + tile, splits)
+                rows = tl.cdiv(ROWS // 16, splits) * 16
+                begin = split * rows
+                end = tl.minimum(ROWS, begin + rows)
+                _add_up(shares, out_ptr, bias_ptr, m, first, begin, end, M, N, share, splits, ROWS, BIAS, DT)
+                leave(arrived_ptr + tile, splits)
+            elif all_arrived(arrived_ptr + tile, splits):
+                _add_up(shares, out_ptr, bias_ptr, m, first, 0, ROWS, M, N, share, splits, ROWS, BIAS, DT)
+                tl.store(arrived_ptr + tile, 0)

@@ -142,8 +142,9 @@ def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Gri
     """Of a layer, or of ``experts`` that are stacked to one."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
-    counted = tiles * tile.stacks <= layer.counters
-    splits = column_splits(-(-layer.blocks // tile.k_warps), tiles, tile.programs) if counted else 1
+    counted = tiles <= layer.counters
+    steps = layer.blocks * BLOCK // tile.span if tile.kernel == "middle" else -(-layer.blocks // tile.k_warps)
+    splits = column_splits(steps, tiles, tile.programs) if counted else 1
     return token_tiles, row_tiles, splits
 
 
@@ -240,7 +241,8 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
 
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
-    middle_kernel[grid](
+    token_tiles, row_tiles, splits = grid
+    middle_kernel[splits, token_tiles, row_tiles](
         *_arrays(call, sums),
         *call.patches,
         *_route(call),

@@ -48,8 +48,8 @@ def middle_kernel(
     S: tl.constexpr, STACK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
     FOURS: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (ceil(M / TOKENS), strips / (S * STACK), splits of the
-    columns), S warps; of routed experts, with TOP, as ``one_kernel`` says, (blocks of tokens, .. of one expert, ..).
+    """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (splits of the columns, ceil(M / TOKENS), strips /
+    (S * STACK)), S warps; of routed experts, with TOP, as ``one_kernel`` says, (.., blocks of tokens, .. of an expert).
 
     A program has STACK tiles of sums, one below the other, so that x is read once for all of them. Weights times steps,
     and entries, are added up and rounded to x's dtype before the product. Few tokens have fewer sums than weights:
@@ -74,26 +74,26 @@ def middle_kernel(
     AFTER: tl.constexpr = FEW and KIND == SYMMETRIC and (ROUNDS == 0 or in_steps(KIND, BITS))
     # Beside buffers of entries shared memory is short, and of so few tokens there are registers left for words.
     AHEAD: tl.constexpr = AFTER and ROUNDS > 0 and TOKENS <= 16
-    first = tl.program_id(1) * (S * STACK)
-    split = tl.program_id(2)
-    splits = tl.num_programs(2)
-    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    block = tl.program_id(1)
+    first = tl.program_id(2) * (S * STACK)
+    place = block * TOKENS + tl.arange(0, TOKENS)
     m = place
     from_m = tl.minimum(m, M - 1)  # beyond the last token it again: not stored
-    to_n = first * 16 + tl.arange(0, R)
+    to_n = first * 16
     if TOP:
         if PDL:
             gdc_wait()
-        expert = tl.load(experts_ptr + tl.program_id(0))
+        expert = tl.load(experts_ptr + block)
         if expert < 0:
             return
         m = tl.load(pairs_ptr + place)
         from_m = tl.minimum(m, M - 1) // TOP
-        first += expert * tl.num_programs(1) * (S * STACK)
+        first += expert * tl.num_programs(2) * (S * STACK)
 
-    share = tl.cdiv(blocks, splits)
-    lo = split * share * SPANS
-    hi = tl.minimum(blocks, split * share + share) * SPANS
+    lo = blocks * SPANS * split // splits
+    hi = blocks * SPANS * (split + 1) // splits
     words_at = codes_ptr + ((first + tl.arange(0, S)).to(tl.int64) * blocks)[:, None] * (BITS * 128)
     words_at += tl.arange(0, 128)[None, :]
     steps_at = scales_ptr + first * 16
@@ -123,7 +123,7 @@ def middle_kernel(
             fetched = fetched + (fetch(entries_ptr, starts, ROUNDS),)  # noqa: RUF005
     if PDL and not TOP:
         # Words are copied together with x, but so that they need not come from as far then.
-        ask_for_words(codes_ptr, first, blocks, split * share, BITS, S)
+        ask_for_words(codes_ptr, first, blocks, lo // SPANS, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     x_at = x_ptr + from_m[:, None] * K
@@ -198,9 +198,8 @@ def middle_kernel(
             if ROUNDS and PTX and start + COLUMNS == SPAN:
                 fetched = ahead
 
-    number = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * STACK
-    for h in tl.static_range(STACK):
-        finish(
-            acc[h], out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n + h * R, M, N, split, splits, number + h,
-            tl.num_programs(0) * tl.num_programs(1) * STACK, SPLIT, BIAS, DT,
-        )  # fmt: skip
+    row_tiles = tl.num_programs(2)
+    finish(
+        acc, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n, M, N, split, splits,
+        block * row_tiles + tl.program_id(2), tl.num_programs(1) * row_tiles, SPLIT, BIAS, DT, PTX,
+    )  # fmt: skip

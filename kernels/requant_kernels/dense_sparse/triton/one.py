@@ -76,7 +76,7 @@ def one_kernel(
     tile_at = tl.program_id(0)
     tiles = tl.num_programs(0)
     first = tile_at * S
-    n = first * 16 + tl.arange(0, 16 * S)
+    to_n = first * 16
     m = tl.arange(0, 1)
     if TOP:
         if PDL:
@@ -219,5 +219,6 @@ def one_kernel(
         y += tl.reshape(tl.sum(tl.reshape(sums, (S, KW, 16)), 1), (16 * S, 1))
 
     finish(
-        y, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, n, M, N, split, splits, tile_at, tiles, SPLIT, BIAS, DT,
+        (y,), out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n, M, N, split, splits, tile_at, tiles,
+        SPLIT, BIAS, DT, False,
     )  # fmt: skip

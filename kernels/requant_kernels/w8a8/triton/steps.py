@@ -83,7 +83,9 @@ def finish(
         at += tl.arange(0, TOKENS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         tl.store(at + split * share, sums)
         if all_arrived(arrived_ptr + tile, splits):
-            total = added_up(at, share, arrived_ptr + tile, splits)
+            AT_ONCE: tl.constexpr = 4 if TOKENS * ROWS <= 2048 else 1
+            total = added_up(at, share, splits, tl.full((1, 1), True, tl.int1), AT_ONCE)
+            tl.store(arrived_ptr + tile, 0)
             _write(total, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, n, N, SYMMETRIC, BIAS)
     else:
         _write(sums, scale, zero, weight_scale_ptr, weight_sums_ptr, bias_ptr, out_at, live, n, N, SYMMETRIC, BIAS)
