@@ -10,7 +10,7 @@ import torch
 from requant_kernels import aot
 from requant_kernels.dense_sparse.triton.launch import fitted, grid_of, rest_at_once
 from requant_kernels.dense_sparse.triton.layer import HERE, SYMMETRIC, WHOLE, Beside, Layer, build
-from requant_kernels.dense_sparse.triton.strips import BLOCK, STRIP
+from requant_kernels.dense_sparse.triton.strips import STRIP
 from requant_kernels.dense_sparse.triton.table import Decode, Table, Tile, shared_out
 from requant_kernels.dense_sparse.triton.variants import variant
 
@@ -160,18 +160,19 @@ def _repeated(code: list[Instruction], way: list[int], times: float) -> list[int
     return way * whole + rest
 
 
-def run(
-    one: Compiled, place: Callable[[Instruction], Access | None], gpu: Gpu, ways: list[list[int]], programs: int
-) -> Run:
-    """Of ``programs`` on all processors, whose warps take ``ways`` in turn, the last one that a processor starts the
-    first of them."""
-    each, resident = -(-programs // gpu.processors), one.resident(gpu)
-    some = min(each, ROUNDS * resident)
+def in_turn(gpu: Gpu, ways: list[list[int]], programs: int) -> list[list[int]]:
+    """What a processor goes through of ``programs`` on all of them, whose warps take ``ways`` in turn; the last that
+    it starts the first of them."""
+    return list(islice(cycle(ways), -(-programs // gpu.processors)))[::-1]
+
+
+def run(one: Compiled, place: Callable[[Instruction], Access | None], gpu: Gpu, ways: list[list[int]]) -> Run:
+    """On a processor that goes through ``ways``, a program each."""
+    some = ways[: ROUNDS * one.resident(gpu)]
     processor = Processor(one.code, place, gpu, one.warps)
-    taken = list(islice(cycle(ways), some))[::-1]
-    cycles = processor.run(taken, some, resident)
-    issued = sum(map(len, taken)) * one.warps
-    return Run(cycles * (each / some) / gpu.clock + gpu.launch, processor.waits, issued / SCHEDULERS / cycles)
+    cycles = processor.run(some, len(some), one.resident(gpu))
+    issued = sum(map(len, some)) * one.warps
+    return Run(cycles * (len(ways) / len(some)) / gpu.clock + gpu.launch, processor.waits, issued / SCHEDULERS / cycles)
 
 
 def product_seconds(gpu: Gpu, rows: int, columns: int, tokens: int, busy: float = 1.0) -> float:
@@ -197,12 +198,20 @@ class Predictor:
         token_tiles = -(-load.tokens // tile.tokens)
         tile = fitted(layer, tile, token_tiles)
         token_tiles, row_tiles, splits = grid_of(layer, tile, token_tiles)
-        steps = -(-layer.blocks // tile.k_warps) if tile.kernel == "one" else layer.blocks * BLOCK // tile.span
         split = HERE if splits > 1 else WHOLE
         one = compiled(
             self.gpu.table, replace(tile, up_to=tile.tokens), replace(load, tokens=1), self.gpu.target, split
         )
-        return self._launch(one, paths(one.code, -(-steps // splits), splits), token_tiles * row_tiles * splits)
+        ends = [tile.steps(layer.blocks) * k // splits for k in range(splits + 1)]
+        shares = [ends[k + 1] - ends[k] for k in range(splits)]
+        programs = token_tiles * row_tiles * splits
+        if tile.kernel == "one":
+            return self._launch(one, in_turn(self.gpu, paths(one.code, max(shares), splits), programs))
+        started = (
+            [shares[at % splits] for at in range(programs)[p :: self.gpu.processors]]
+            for p in range(self.gpu.processors)
+        )
+        return self._launch(one, [paths(one.code, share, splits)[0] for share in max(started, key=sum)])
 
     def _decode(self, decode: Decode, load: Load) -> float:
         """A slice of the layer at a time: its decoding, then the library's product, on processors that have a tile."""
@@ -214,13 +223,13 @@ class Predictor:
         step, total = self.table.decode.slice_rows(rows, columns), 0.0
         for start in range(0, rows, step):
             slice_rows = min(step, rows - start)
-            total += self._launch(one, ways, -(-slice_rows // (STRIP * decode.strips)))
+            total += self._launch(one, in_turn(self.gpu, ways, -(-slice_rows // (STRIP * decode.strips))))
             busy = self.gpu.utilisation(product_tiles(slice_rows, load.tokens))
             total += product_seconds(self.gpu, slice_rows, columns, load.tokens, busy)
         return total
 
-    def _launch(self, one: Compiled, ways: list[list[int]], programs: int) -> float:
-        done = run(one, access, self.gpu, ways, programs)
+    def _launch(self, one: Compiled, ways: list[list[int]]) -> float:
+        done = run(one, access, self.gpu, ways)
         for at, waited in done.waits.items():
             self.waits[one.code[at].line, one.code[at].name] += waited
         return done.seconds

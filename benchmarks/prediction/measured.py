@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.prediction.code import Instruction
 from benchmarks.prediction.gpus import Gpu
-from benchmarks.prediction.launches import Compiled, Run, paths, run
+from benchmarks.prediction.launches import Compiled, Run, in_turn, paths, run
 from benchmarks.prediction.processor import Access
 
 FILE = Path(__file__).parents[1] / "results/machine-code-H200.json.xz"
@@ -59,7 +59,8 @@ def launches() -> tuple[Launch, ...]:
 
 def predicted(launch: Launch, gpu: Gpu) -> Run:
     one = _read()[0][launch.kernel]
-    return run(one, _access, gpu, paths(one.code, launch.iterations, launch.splits), launch.programs)
+    ways = paths(one.code, launch.iterations, launch.splits)
+    return run(one, _access, gpu, in_turn(gpu, ways, launch.programs))
 
 
 def blocks(found: Iterable[Launch]) -> dict[tuple[int, str, float], list[Launch]]:

@@ -30,10 +30,11 @@ def _add_up(
     SOME: tl.constexpr = min(ROWS, 32)
     AT_ONCE: tl.constexpr = min(8, 16384 // (SOME * TOKENS))
     for start in range(begin, end, SOME):
-        row = tl.max_contiguous(start + tl.arange(0, SOME), 4)  # so that sums stay with their threads until stored
+        # No more than 4 rows a lane, of what is stored: with 8 the largest tiles spill.
+        row = tl.max_contiguous(start + tl.arange(0, SOME), 4)
         n = first + row
         live = (row < end) & (n < N)
-        at = shares + row[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
+        at = shares + row[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         total = added_up(at, share, splits, live[:, None], AT_ONCE)
         _write(total, out_ptr, bias_ptr, m, n, live, M, N, BIAS, DT)
 
@@ -46,7 +47,7 @@ def finish(
     """Sums, fp32 [R, TOKENS] each, one below the other, of rows from ``first`` on and tokens ``m`` go to out DT [M, N],
     with the bias.
 
-    With SPLIT they are one of ``splits`` shares, fp32 [splits, tiles, TOKENS, all rows of a tile], of tile ``tile``,
+    With SPLIT they are one of ``splits`` shares, fp32 [splits, tiles, all rows of a tile, TOKENS], of tile ``tile``,
     which are added up HERE, by the last program or by all TOGETHER, or LATER. arrived int32 [tiles].
     """
     R: tl.constexpr = sums[0].shape[0]
@@ -59,9 +60,9 @@ def finish(
     else:
         share = tiles.to(tl.int64) * (ROWS * TOKENS)
         shares = shares_ptr + tile.to(tl.int64) * (ROWS * TOKENS)
-        at = shares + split * share + tl.arange(0, R)[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
+        at = shares + split * share + tl.arange(0, R)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         for h in tl.static_range(len(sums)):
-            tl.store(at + h * R, sums[h])
+            tl.store(at + h * (R * TOKENS), sums[h])
         if SPLIT == HERE:
             if TOGETHER:
                 await_all(arrived_ptr + tile, splits)

@@ -116,14 +116,6 @@ def _target(device: torch.device) -> str:
     return "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
-@cache
-def column_splits(steps: int, tiles: int, programs: int) -> int:
-    """Programs among which the columns, in ``steps``, are split so that about ``programs`` run on ``tiles`` of rows and
-    tokens; none of them is idle."""
-    share = -(-steps // max(1, min(programs // tiles, steps, MAX_SPLITS)))
-    return -(-steps // share)
-
-
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
 
 
@@ -139,12 +131,13 @@ def fitted(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Tile
 
 
 def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Grid:
-    """Of a layer, or of ``experts`` that are stacked to one."""
+    """Of a layer, or of ``experts`` that are stacked to one; so that about ``programs`` of the tile run."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
-    counted = tiles <= layer.counters
-    steps = layer.blocks * BLOCK // tile.span if tile.kernel == "middle" else -(-layer.blocks // tile.k_warps)
-    splits = column_splits(steps, tiles, tile.programs) if counted else 1
+    steps = tile.steps(layer.blocks)
+    splits = max(1, min(tile.programs // tiles, steps, MAX_SPLITS)) if tiles <= layer.counters else 1
+    if tile.kernel == "one":  # none is idle, though all but the last have as many steps
+        splits = -(-steps // -(-steps // splits))
     return token_tiles, row_tiles, splits
 
 

@@ -72,6 +72,10 @@ class Tile:
         """How often so many, one below the other."""
         return self.strips // self.beside
 
+    def steps(self, blocks: int) -> int:
+        """What a program of all columns, ``blocks`` of 256, goes through one after the other."""
+        return -(-blocks // self.k_warps) if self.kernel == "one" else blocks * 256 // self.span
+
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
             tokens <= self.up_to
