@@ -114,7 +114,7 @@ class RoutedExperts:
 
     def warm_up(self, dtype: torch.dtype, device: torch.device, *, top: int, limit: int) -> None:
         """Compiles now what up to ``limit`` tokens of ``top`` experts each can reach."""
-        from requant_kernels.dense_sparse.triton.launch import fitted, grid_of
+        from requant_kernels.dense_sparse.triton.launch import fitted, grid_of, most_splits
         from requant_kernels.dense_sparse.triton.route import routed_blocks
 
         ways = set()
@@ -124,7 +124,7 @@ class RoutedExperts:
             way: list[Any] = [tile]
             for product in (self._gate_up, self._down):
                 fit = fitted(product.layer, tile, blocks, self._experts)
-                _, _, splits = grid_of(product.layer, fit, blocks, self._experts)
+                _, _, splits = grid_of(product.layer, fit, blocks, self._experts, most_splits(device))
                 way += [fit, splits > 1]
             if tuple(way) in ways:
                 continue

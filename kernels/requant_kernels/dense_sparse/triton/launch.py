@@ -116,6 +116,14 @@ def _target(device: torch.device) -> str:
     return "".join(map(str, torch.cuda.get_device_capability(device)))
 
 
+@cache
+def most_splits(device: torch.device) -> int:
+    """Programs of a tile that wait for each other (shares.py) must fit the device, which may be a part of a GPU."""
+    if device.type != "cuda":
+        return MAX_SPLITS
+    return min(MAX_SPLITS, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
 
 
@@ -130,12 +138,13 @@ def fitted(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Tile
     return widened(tile, _row_tiles(layer, tile, experts) * token_tiles, layer.blocks)
 
 
-def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1) -> Grid:
-    """Of a layer, or of ``experts`` that are stacked to one; so that about ``programs`` of the tile run."""
+def grid_of(layer: Layer, tile: Tile, token_tiles: int, experts: int = 1, most: int = MAX_SPLITS) -> Grid:
+    """Of a layer, or of ``experts`` that are stacked to one; so that about ``programs`` of the tile run, at ``most`` so
+    many on the same rows and tokens."""
     row_tiles = _row_tiles(layer, tile, experts)
     tiles = row_tiles * token_tiles
     steps = tile.steps(layer.blocks)
-    splits = max(1, min(tile.programs // tiles, steps, MAX_SPLITS)) if tiles <= layer.counters else 1
+    splits = max(1, min(tile.programs // tiles, steps, most)) if tiles <= layer.counters else 1
     if tile.kernel == "one":  # none is idle, though all but the last have as many steps
         splits = -(-steps // -(-steps // splits))
     return token_tiles, row_tiles, splits
@@ -160,8 +169,9 @@ def run(call: Call, table: Table) -> torch.Tensor:
     if tile is None:
         return _decode_and_multiply(call, table.decode)
     one = tile.kernel == "one"
-    tile = fitted(layer, tile, call.token_tiles(tile), routing.experts if routing else 1)
-    grid = grid_of(layer, tile, call.token_tiles(tile), routing.experts if routing else 1)
+    experts = routing.experts if routing else 1
+    tile = fitted(layer, tile, call.token_tiles(tile), experts)
+    grid = grid_of(layer, tile, call.token_tiles(tile), experts, most_splits(call.x.device))
     token_tiles, row_tiles, splits = grid
     split = LATER if one and layer.beside_slots.overflow else HERE if splits > 1 else WHOLE
     out = call.x.new_empty(call.tokens, call.out_features)
