@@ -18,7 +18,7 @@ from benchmarks.kernel_timing.layers import Setting, random_weight
 from benchmarks.kernel_timing.shapes import Load
 from benchmarks.prediction.code import Instruction, longest_loop, parse, path
 from benchmarks.prediction.gpus import REGISTERS, SCHEDULERS, WARPS, Gpu, product_tiles
-from benchmarks.prediction.processor import OFF, Access, Processor
+from benchmarks.prediction.processor import Access, Processor
 
 SAMPLE = 256  # rows of which a layer's slots and patches are laid out, to know how many there are of each
 ROUNDS = 3  # of programs that a processor goes through; what comes after them is taken to go on like that
@@ -69,8 +69,6 @@ def access(one: Instruction) -> Access | None:
         return None
     if one.base == "STG":
         return Access("l2" if one.function == "finish" else "memory", 32 * one.bytes)
-    if one.function == "locate_next":
-        return OFF  # its predicate is true once in 32 patches
     narrow = one.bytes < 16 and one.function in _SHARED
     return Access(_LEVELS.get(one.function, "memory"), _SHARED[one.function] if narrow else 32 * one.bytes)
 

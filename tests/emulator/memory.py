@@ -40,7 +40,7 @@ class Told:
 @dataclass
 class Program:
     """One program of a launch. ``epoch``: its barriers so far. ``acquired``: what it has been told of each other one.
-    ``looked``: ``Told.counts`` whenever it looked at a counter since it has changed one."""
+    ``looked``: ``Told.counts`` when it looked at a counter, the last two times since it has changed one."""
 
     at: tuple[int, int, int]
     number: int
@@ -55,7 +55,7 @@ class Program:
     @property
     def waits(self) -> bool:
         """For others: it has looked again, and nothing has changed since."""
-        return self.looked[-2:] == [self.told.counts] * 2
+        return self.looked == [self.told.counts] * 2
 
 
 @dataclass
@@ -177,7 +177,7 @@ class Memory:
         if order in ("acquire", "acq_rel"):
             program.acquired = told.released.copy()
         told.counts += after != before
-        program.looked = [*program.looked, told.counts] if after == before else []
+        program.looked = [*program.looked[-1:], told.counts] if after == before else []
         return before
 
     @staticmethod
