@@ -89,9 +89,14 @@ def _resolved(one: Instruction, labels: dict[str, int]) -> Instruction:
     return replace(one, target=labels[label[1]])
 
 
+def loops_of(code: list[Instruction]) -> list[range]:
+    """From the target of a backward branch to the branch."""
+    return [range(one.target, end) for end, one in enumerate(code, 1) if one.target is not None and one.target < end]
+
+
 def longest_loop(code: list[Instruction]) -> range:
-    """From the target of a backward branch to the branch: of those with products, where there are any."""
-    loops = [range(one.target, end) for end, one in enumerate(code, 1) if one.target is not None and one.target < end]
+    """Of those with products, where there are any."""
+    loops = loops_of(code)
     multiply = [loop for loop in loops if any("MMA" in code[at].name for at in loop)]
     return max(multiply or loops, key=len, default=range(0))
 
@@ -99,8 +104,7 @@ def longest_loop(code: list[Instruction]) -> range:
 def path(code: list[Instruction], begin: int, end: int) -> list[int]:
     """The instructions that a warp goes through from ``begin`` to ``end``: what is in a loop but the longest is skipped
     where that is a choice, unless it stores, else gone through once."""
-    main = longest_loop(code)
-    loops = [range(one.target, i + 1) for i, one in enumerate(code) if one.target is not None and one.target <= i]
+    main, loops = longest_loop(code), loops_of(code)
     needed = [loop for loop in loops if loop == main or any(code[i].base == "STG" for i in loop)]
 
     def skips(at: int, ahead: int, some: list[range]) -> bool:

@@ -16,7 +16,7 @@ from requant_kernels.dense_sparse.triton.variants import variant
 
 from benchmarks.kernel_timing.layers import Setting, random_weight
 from benchmarks.kernel_timing.shapes import Load
-from benchmarks.prediction.code import Instruction, longest_loop, parse, path
+from benchmarks.prediction.code import Instruction, longest_loop, loops_of, parse, path
 from benchmarks.prediction.gpus import REGISTERS, SCHEDULERS, WARPS, Gpu, product_tiles
 from benchmarks.prediction.processor import Access, Processor
 
@@ -103,8 +103,8 @@ def _laid_out(load: Load) -> tuple[Layer, bool]:
 
 
 def paths(code: list[Instruction], iterations: int, splits: int) -> list[list[int]]:
-    """What warps of a program go through, of each of ``splits`` programs that share a tile: of these one, here the
-    first, adds the shares up."""
+    """What warps of a program go through, of each of ``splits`` programs that share a tile: where one alone adds up the
+    shares, it is the first here."""
     loop = longest_loop(code)
     peeled = any("MMA" in one.name for one in code[: loop.start])  # the first iteration
     before, within = (sum(code[at].base == "LDGDEPBAR" for at in part) for part in (range(loop.start), loop))
@@ -119,7 +119,7 @@ def paths(code: list[Instruction], iterations: int, splits: int) -> list[list[in
 def _all_added(code: list[Instruction], tail: list[int], splits: int) -> list[int]:
     """The way ``tail`` behind the last loop with those that add up shares of sums gone through as often as it takes: a
     loop of rows, where there is one, and within it one of shares, one or some at a time."""
-    loops = [range(one.target, at + 1) for at, one in enumerate(code) if one.target is not None and one.target <= at]
+    loops = loops_of(code)
     waiting = [loop for loop in loops if any(code[at].base == "CCTL" for at in loop)]  # for the programs of the tile
     adding = [loop for loop in loops if loop not in waiting and any(code[at].base == "LDG" for at in loop)]
 
