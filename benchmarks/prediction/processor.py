@@ -21,7 +21,7 @@ from benchmarks.prediction.gpus import SCHEDULERS, Gpu
 NEVER = math.inf
 LINES_OF_A_GATHER = 16  # 128-byte lines that 32 lanes reach, about: each takes the L1 a cycle
 QUEUE = 24  # cycles of work that the way to the caches holds
-WGMMA_QUEUE, WGMMA_LEAST, WGMMA_LATENCY = 64, 16, 30
+WGMMA_LEAST, WGMMA_LATENCY = 16, 30
 BRANCH, BARRIER, REFILL = 8, 20, 30
 GROUPS = 32  # of copies and of wgmma that are kept track of: more are never waited for
 
@@ -189,8 +189,6 @@ class Processor:
         if step.allowed is not None:
             groups = sorted(warp.products if step.one.base == "WARPGROUP" else warp.copies)
             return groups[-1 - step.allowed] if len(groups) > step.allowed else now
-        if step.one.base == "HGMMA":
-            return self._matrix[scheduler] - WGMMA_QUEUE
         when = self._free[scheduler].get(step.unit, 0.0) if step.unit else now
         return max(when, self._caches - QUEUE) if step.unit == "access" else when
 
