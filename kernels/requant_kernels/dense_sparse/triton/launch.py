@@ -118,10 +118,11 @@ def _target(device: torch.device) -> str:
 
 @cache
 def most_splits(device: torch.device) -> int:
-    """Programs of a tile that wait for each other (shares.py) must fit the device, which may be a part of a GPU."""
+    """Programs of a tile that wait for each other (shares.py) must fit the device, which may be a part of a GPU, and
+    beside them those of launches on a few other streams, which wait as well."""
     if device.type != "cuda":
         return MAX_SPLITS
-    return min(MAX_SPLITS, torch.cuda.get_device_properties(device).multi_processor_count)
+    return max(1, min(MAX_SPLITS, torch.cuda.get_device_properties(device).multi_processor_count // 4))
 
 
 Grid = tuple[int, int, int]  # tiles of tokens, tiles of rows, splits of the columns
