@@ -24,11 +24,11 @@ from benchmarks.kernel_timing.layers import Setting
 from benchmarks.kernel_timing.recording import reason, usable, write_json
 from benchmarks.kernel_timing.shapes import Shape
 
-ENDS = (1, 16, 32, 64, 128, 256, 512, 1024)  # tokens up to which a tile may serve
+ENDS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)  # tokens up to which a tile may serve
 GROUP, DENSITY = 128, 0.005
 BITS = (2, 3, 4, 8)
 WORKSPACES = (32, 64, 128, 256)  # MiB
-DECODED_TOKENS = 1024  # at which the workspace is chosen
+DECODED_TOKENS = 4096  # at which the workspace is chosen
 SMALL = Shape("tuning", "small", 1024, 4096)  # compiles what every larger layer runs
 
 
@@ -43,7 +43,7 @@ def candidates(up_to: int, processors: int, columns: int) -> Iterator[Tile]:
     for tokens, strips, stages, waves, way in product(sorted(widths), (4, 8, 16), (2, 3), (1, 2, 3, 4), sorted(ways)):
         if strips == 16 and (way[0] != way[1] or waves > 2 or tokens * way[0] > 128 * 128):
             continue  # two stacks take a span in one product, and have as many registers as one program a processor
-        if tokens <= 128 or (stages, way) == (2, (128, 128)):  # no more x fits the shared memory
+        if tokens <= 128 or (strips, waves, way) == (8, 1, (128, 128)):  # no more x fits the shared memory
             yield Tile("middle", up_to, max(tokens, 16), strips, stages, waves * processors, 1, *way)
 
 

@@ -41,7 +41,8 @@ GRID = {
     "h200, 100 tokens, W3": Shipped(100, ROWS, 640, 3, 64, sparse=0.01),
     "h200, 200 tokens, W4 asymmetric": Shipped(200, ROWS, 640, 4, 64, symmetric=False, sparse=0.01),
     "h200, 300 tokens, W2, uneven rows": Shipped(300, 40, 640, 2, 128, sparse="uneven"),
-    "h200, decoded": Shipped(1030, 40, 384, 4, 128, sparse=0.01),
+    "h200, 150 tokens, W3, float16, dense only": Shipped(150, ROWS, 300, 3, sparse="none", dtype=torch.float16),
+    "h200, decoded": Shipped(2050, 40, 384, 4, 128, sparse=0.01),
     "a100, decoded": Shipped(300, 40, 300, 3, gpu="a100"),
     "one token, W2 g32 asymmetric, 5 %": Shipped(1, ROWS, COLUMNS, 2, 32, symmetric=False, sparse=0.05),
     "one token, W3, uneven rows, float16": Shipped(1, ROWS, COLUMNS, 3, 64, sparse="uneven", dtype=torch.float16),
@@ -84,7 +85,7 @@ def test_columns_in_fours(case, monkeypatch):
         check(GRID[case])
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 60])
+@pytest.mark.parametrize("tokens", [1, 16, 60, 200])
 def test_the_order_of_programs_and_warps_does_not_matter(tokens):
     """Columns are split among programs here, whichever of them is last: the same bits."""
     case = Shipped(tokens, 40, 1024, 4, 128)
@@ -96,7 +97,7 @@ def test_the_order_of_programs_and_warps_does_not_matter(tokens):
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 60])
+@pytest.mark.parametrize("tokens", [1, 6, 60, 140])
 def test_a_layer_waits_for_the_one_before(tokens):
     """Launches overlap on an H200: what a layer reads before it waits must not be what the one before it writes."""
     case = Shipped(tokens, 256, 256, 4, 128, sparse=0.02, bias=False)

@@ -50,10 +50,10 @@ def code_at(words: torch.Tensor, bits: int, row: int, column: int) -> int:
     word = 16 * (row % STRIP % 8) + 4 * t + 2 * kh + row % STRIP // 8
     upper, unit = plane // 2 % 2, plane // 4 * 2 + plane % 2
     bytes_ = [int(chosen) >> (16 * half + 8 * upper) & 0xFF for chosen in block[:, word]]
-    if bits == 3 and unit >= 6:
-        return (bytes_[unit - 6] & 3) << 1 | (bytes_[2] >> (7 - unit) & 1)
     if bits == 3:
-        return bytes_[unit // 2] >> (2 if unit % 2 else 5) & 7
+        half, of_half = divmod(unit, 4)
+        own, shared = bytes_[2 * half], bytes_[1] >> 4 * half
+        return (own >> 5, own >> 2 & 7, (own & 3) << 1 | shared & 1, shared >> 1 & 7)[of_half]
     return (bytes_[unit * bits // 8] >> (unit * bits % 8)) & ((1 << bits) - 1)
 
 

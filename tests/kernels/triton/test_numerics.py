@@ -64,6 +64,10 @@ GRID = {
     "middle, half blocks, W2 g32 asymmetric": Case(
         20, 40, 416, 2, 32, symmetric=False, sparse="uneven", tile=replace(HALVES, strips=4)
     ),
+    "middle, half blocks, W3 g128, split": Case(40, 150, 640, 3, 128, tile=replace(HALVES, programs=SPLIT)),
+    "middle, half blocks, W3 g16 asymmetric": Case(
+        20, 40, 400, 3, 32, symmetric=False, cut=16, sparse="uneven", tile=replace(HALVES, strips=4)
+    ),
     "middle, half blocks, W8 g64 float16": Case(33, 20, 320, 8, 64, tile=HALVES, dtype=torch.float16),
     "middle, half blocks, W4 per row": Case(20, 40, 300, 4, tile=HALVES),
     "middle, two stacks, split": Case(
@@ -100,7 +104,7 @@ def cases(draw: st.DrawFn) -> Case:
         st.one_of(st.integers(1, 400), st.just(512)) if group == -1 else st.integers(1, 4).map(group.__mul__)
     )
     bits = draw(st.sampled_from((2, 3, 4) if codebook else (2, 3, 4, 8)))
-    tile = draw(st.sampled_from((ONE, ONE_GROUP, FEW, MIDDLE, WIDE, WIDE if bits == 3 else HALVES, None)))
+    tile = draw(st.sampled_from((ONE, ONE_GROUP, FEW, MIDDLE, WIDE, HALVES, None)))
     programs = draw(st.sampled_from((1, SPLIT)))
     return Case(
         tokens=draw(st.integers(1, min(tile.up_to, 70) if tile else 70)),

@@ -47,8 +47,8 @@ def _word(ptr, live, S: tl.constexpr, KW: tl.constexpr):
 
 @triton.jit
 def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr):
-    """The words of a block, or with half of BITS of half a block; ``ptr`` is int32* [S * KW, 128] at the first of BITS
-    sets. Nothing is read where ``live`` is false, and the words may be any; all are where it is None."""
+    """The words of BITS sets, a block's; ``ptr`` is int32* [S * KW, 128] at the first of them. Nothing is read where
+    ``live`` is false, and the words may be any; all are where it is None."""
     if BITS == 1:
         return (_word(ptr, live, S, KW),)
     elif BITS == 3:
@@ -56,6 +56,28 @@ def load_words(ptr, live, BITS: tl.constexpr, S: tl.constexpr, KW: tl.constexpr)
     else:
         HALF: tl.constexpr = BITS // 2
         return load_words(ptr, live, HALF, S, KW) + load_words(ptr + HALF * 128, live, HALF, S, KW)
+
+
+@triton.jit
+def load_span(ptr, span, BITS: tl.constexpr, S: tl.constexpr, SPAN: tl.constexpr):
+    """The words of span ``span`` of SPAN columns, a block or half of one, as ``of_span`` wants them; ``ptr`` is int32*
+    [S, 128] at the first words of the rows."""
+    if SPAN == 256:
+        return load_words(ptr + span * (BITS * 128), None, BITS, S, 1)
+    elif BITS == 3:  # the second of three sets has codes of both halves
+        first = ptr + span // 2 * (BITS * 128)
+        return load_words(first + span % 2 * 256, None, 1, S, 1) + load_words(first + 128, None, 1, S, 1)
+    else:
+        return load_words(ptr + span * (BITS * 64), None, BITS // 2, S, 1)
+
+
+@triton.jit
+def of_span(words, span, BITS: tl.constexpr, SPAN: tl.constexpr):
+    """Of what ``load_span`` has loaded those of ``span``, half a block as if it were the first."""
+    if BITS == 3 and SPAN == 128:
+        return (words[0], words[1] >> span % 2 * 4)
+    else:
+        return words
 
 
 @triton.jit
@@ -142,17 +164,23 @@ def _unit_of(plane):
 
 @triton.constexpr_function
 def set_of(unit, bits):
-    """Which set has the codes of ``unit``; of the last two with 3 bits their upper ones."""
+    """Which set has the codes of ``unit``; where they are ``parted`` their upper bits."""
     if bits == 3:
-        return unit - 6 if unit >= 6 else unit // 2
+        return 1 if unit % 4 == 3 else unit // 4 * 2
     return unit * bits // 8
+
+
+@triton.constexpr_function
+def parted(unit, bits):
+    """Whether the last bits of codes of ``unit`` are elsewhere: of set 1 bit ``unit - 2``."""
+    return bits == 3 and unit % 4 == 2
 
 
 @triton.constexpr_function
 def bit_of(unit, bits):
     """At which bit of a byte, that halves of words begin or end with, a code of ``unit`` is, or is put."""
     if bits == 3:
-        return 0 if unit >= 6 else 2 if unit % 2 else 5
+        return (5, 2, 0, unit - 2)[unit % 4]
     return unit * bits % 8
 
 
@@ -161,9 +189,9 @@ def _codes(words, PLANE: tl.constexpr, BITS: tl.constexpr):
     """The two codes of each word that belong to plane PLANE, at bit ``bit_of`` of its low and high half."""
     SHIFT: tl.constexpr = PLANE // 2 % 2 * 8
     UNIT: tl.constexpr = _unit_of(PLANE)
-    if BITS == 3 and UNIT >= 6:  # two bits in one word, the last in another
+    if parted(UNIT, BITS):
         upper = words[set_of(UNIT, BITS)] >> (SHIFT - 1) if SHIFT else words[set_of(UNIT, BITS)] << 1
-        return (upper & 0x00060006) | (words[2] >> (SHIFT + 7 - UNIT) & 0x00010001)
+        return (upper & 0x00060006) | (words[1] >> (SHIFT + UNIT - 2) & 0x00010001)
     else:
         MASK: tl.constexpr = (((1 << BITS) - 1) << bit_of(UNIT, BITS)) * 0x00010001
         return words[set_of(UNIT, BITS)] >> SHIFT & MASK

@@ -16,7 +16,7 @@ lane of a warp has is an element of [32 T], four words of it in turn of [.., 8, 
 import triton
 import triton.language as tl
 
-from requant_kernels.dense_sparse.triton.decode import ASYMMETRIC, beside_midpoint, bit_of, group_scale, set_of
+from requant_kernels.dense_sparse.triton.decode import ASYMMETRIC, beside_midpoint, bit_of, group_scale, parted, set_of
 from requant_kernels.dense_sparse.triton.patch import read_words
 
 ROW = tl.constexpr(256 + 64)  # bytes from one column's digits to the next one's: no two lanes of four meet in a bank
@@ -98,9 +98,9 @@ def _signed(unit, bits, words, keep):
     """Bytes of ``words``, a register of each set that has some of them: the codes of ``unit``, less the midpoint, in
     their upper bits: instructions to ``%a``."""
     mask = (0xFF00 >> bits & 0xFF) * 0x01010101 & keep
-    if bits == 3 and unit >= 6:
+    if parted(unit, bits):
         # of lop3, 0x6A is first & second ^ third
-        code = f"shl.b32 %b, {words[1]}, {unit - 2}; lop3.b32 %a, %b, {0x20202020 & keep}, %top, 0x6A;"
+        code = f"shl.b32 %b, {words[1]}, {7 - unit}; lop3.b32 %a, %b, {0x20202020 & keep}, %top, 0x6A;"
         return code + f"shl.b32 %b, {words[0]}, 6; lop3.b32 %a, %b, {0xC0C0C0C0 & keep}, %a, 0x6A;"
     up = 8 - bits - bit_of(unit, bits)
     return f"shl.b32 %b, {words[0]}, {up}; lop3.b32 %a, %b, {mask}, %top, 0x6A;"
@@ -109,7 +109,7 @@ def _signed(unit, bits, words, keep):
 @triton.constexpr_function
 def _sets(unit, bits):
     """Which words have the codes of ``unit``."""
-    return (set_of(unit, bits), 2) if bits == 3 and unit >= 6 else (set_of(unit, bits),)
+    return (set_of(unit, bits), 1) if parted(unit, bits) else (set_of(unit, bits),)
 
 
 @triton.constexpr_function

@@ -14,9 +14,10 @@ from requant_kernels.dense_sparse.triton.decode import (
     ask_for_words,
     in_steps,
     load_levels,
+    load_span,
     load_steps,
-    load_words,
     nothing,
+    of_span,
     scaled_after,
     steps_of,
     weights,
@@ -56,24 +57,26 @@ def middle_kernel(
     AFTER, a group's products are multiplied by its steps.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256. FOURS: columns are
     multiplied in the order of ``in_fours``.
-    SPAN columns, a block or half of one (not of 3 bits), are copied and decoded at a time, and a product takes COLUMNS
+    SPAN columns, a block or half of one, are copied and decoded at a time, and a product takes COLUMNS
     of them, 128 or 256. Of wgmma the second of two in the same sums begins after the first has ended; beside one that
     is alone weights are decoded, those that it takes and those of the next one.
     """
-    tl.static_assert(SPAN == 256 or BITS != 3)
-    tl.static_assert(STACK == 1 or (SPAN == COLUMNS and KIND != CODEBOOK))
+    tl.static_assert((STACK == 1 and TOKENS <= 128) or (SPAN == COLUMNS and KIND != CODEBOOK))
     if PDL:
         gdc_launch_dependents()
     DT: tl.constexpr = x_ptr.dtype.element_ty
     R: tl.constexpr = 16 * S
     SPANS: tl.constexpr = 256 // SPAN  # of a block
     PATCHES: tl.constexpr = SPAN // PATCH
-    SETS: tl.constexpr = BITS // SPANS  # of words in a span
     NONE: tl.constexpr = nothing(BITS, KIND, DT)
     FEW: tl.constexpr = TOKENS <= 32 and GROUP >= COLUMNS
     AFTER: tl.constexpr = FEW and KIND == SYMMETRIC and (ROUNDS == 0 or in_steps(KIND, BITS))
+    # x of so many tokens takes all of shared memory but the buffers of entries, and sums most registers: what else is
+    # fetched ahead waits in registers, and where rows of x are is kept in 32 bits.
+    MANY: tl.constexpr = TOKENS > 128
+    STEPS_AHEAD: tl.constexpr = AFTER or MANY
     # Beside buffers of entries shared memory is short, and of so few tokens there are registers left for words.
-    AHEAD: tl.constexpr = AFTER and ROUNDS > 0 and TOKENS <= 16
+    WORDS_AHEAD: tl.constexpr = (AFTER and ROUNDS > 0 and TOKENS <= 16) or MANY
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     block = tl.program_id(1)
@@ -106,12 +109,12 @@ def middle_kernel(
     steps_ahead = ()
     words_ahead = ()
     for h in tl.static_range(STACK):
-        if AFTER:
+        if STEPS_AHEAD:
             at = steps_at + h * R
             steps = load_steps(at, lo, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
             steps_ahead = steps_ahead + (steps,)  # noqa: RUF005
-        if AHEAD:
-            words = load_words(words_at + h * words_below + lo * (SETS * 128), None, SETS, S, 1)
+        if WORDS_AHEAD:
+            words = load_span(words_at + h * words_below, lo, BITS, S, SPAN)
             words_ahead = words_ahead + (words,)  # noqa: RUF005
     if ROUNDS:
         starts_at = starts_ptr + (first + tl.arange(0, 32 * S) // 32) * blocks * 2
@@ -126,17 +129,22 @@ def middle_kernel(
         ask_for_words(codes_ptr, first, blocks, lo // SPANS, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    x_at = x_ptr + from_m[:, None] * K
+    x_at = from_m[:, None] * K
+    if not MANY:
+        x_at = x_ptr + x_at
     acc = ()
     for _ in tl.static_range(STACK):
         acc = acc + (tl.zeros((R, TOKENS), tl.float32),)  # noqa: RUF005
     for span in range(lo, hi):
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
+            this = x_at + k[None, :]
+            if MANY:
+                this = x_ptr + this
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
-                x = tl.load(x_at + k[None, :])
+                x = tl.load(this)
             else:
-                x = tl.load(x_at + k[None, :], mask=(k < K)[None, :], other=0.0)
+                x = tl.load(this, mask=(k < K)[None, :], other=0.0)
             if FOURS:
                 x = in_fours(x)
             sums = ()
@@ -145,12 +153,12 @@ def middle_kernel(
             next_words = ()
             for h in tl.static_range(STACK):
                 if start == 0:
-                    if AHEAD:
-                        words = words_ahead[h]
-                    else:
-                        words = load_words(words_at + h * words_below + span * (SETS * 128), None, SETS, S, 1)
+                    words = (
+                        words_ahead[h] if WORDS_AHEAD else load_span(words_at + h * words_below, span, BITS, S, SPAN)
+                    )
+                    words = of_span(words, span, BITS, SPAN)
                     steps = ()
-                    if AFTER:
+                    if STEPS_AHEAD:
                         steps = steps_ahead[h]
                     elif KIND != CODEBOOK:
                         at = steps_at + h * R
@@ -175,18 +183,18 @@ def middle_kernel(
                 w = tl.reshape(w, (R, COLUMNS))
                 if FOURS:
                     w = in_fours(w)
-                if AHEAD and start + COLUMNS == SPAN:  # the last ones' registers are free
-                    words = load_words(words_at + h * words_below + (span + 1) * (SETS * 128), None, SETS, S, 1)
+                if WORDS_AHEAD and start + COLUMNS == SPAN:  # the last ones' registers are free
+                    words = load_span(words_at + h * words_below, span + 1, BITS, S, SPAN)
                     next_words = next_words + (words,)  # noqa: RUF005
                 if AFTER:
                     part = tl.dot(w, tl.trans(x))
                     sums = sums + (scaled_after(part, now, start // GROUP, KIND, DT) + acc[h],)  # noqa: RUF005
-                    if start + COLUMNS == SPAN:
-                        at = steps_at + h * R
-                        steps = load_steps(at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
-                        next_steps = next_steps + (steps,)  # noqa: RUF005
                 else:
                     sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
+                if STEPS_AHEAD and start + COLUMNS == SPAN:
+                    at = steps_at + h * R
+                    steps = load_steps(at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)
+                    next_steps = next_steps + (steps,)  # noqa: RUF005
                 if ROUNDS and PTX:  # only now, so that pairs are read when they are wanted, not all before weights
                     clear(places, fetched[h][(start + COLUMNS) // PATCH - 1], NONE, ROUNDS)
                     if start + COLUMNS == SPAN:  # the last ones' registers are free

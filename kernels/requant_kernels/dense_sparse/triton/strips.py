@@ -5,8 +5,8 @@ Strips. Rows are cut into strips of 16, columns into blocks of 256, both padded.
 column c % 16 = 8 kh + 2 t + half of it; row r of a strip is 8 rh + g. The code stands in word 16 g + 4 t + 2 kh + rh,
 in its upper 16 bits where half = 1. Eight units of 32 columns make up a block, unit 2 i + j planes 4 i + j and, in the
 upper bytes of halves, 4 i + j + 2. A set has the codes of 8 // bits of them, from the lowest bit of a byte up. With 3
-bits set s has unit 2 s in bits 5-7 and 2 s + 1 in bits 2-4; the other two bits of set i, 0 or 1, are the upper ones of
-unit 6 + i, whose last one is bit 1 - i of set 2.
+bits half a block, i, has set 2 i to itself and shares set 1: unit 4 i is in bits 5-7 of set 2 i, 4 i + 1 in bits 2-4,
+the upper bits of 4 i + 2 in bits 0-1; its last one is bit 4 i of set 1, and the next three are 4 i + 3.
 
 Steps. int32 [blocks, words, rows], or one block where a step covers the row. A word holds the 16 bits of two
 consecutive groups' steps, or, asymmetric, of a group's step and zero point: a step over ``unit``, a zero point times
@@ -74,11 +74,10 @@ def pair_words(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def _threes(planes: torch.Tensor) -> torch.Tensor:
     """Units int32 [8, 2, ..], their planes -> int32 [3, ..]."""
     words = torch.zeros(3, *planes.shape[2:], dtype=torch.int32, device=planes.device)
-    for place, byte in product(range(3), range(2)):
-        words[place] |= planes[2 * place, byte] << (8 * byte + 5) | planes[2 * place + 1, byte] << (8 * byte + 2)
-    for place, byte in product(range(2), range(2)):
-        words[place] |= (planes[6 + place, byte] >> 1 & 0x00030003) << (8 * byte)
-        words[2] |= (planes[6 + place, byte] & 0x00010001) << (8 * byte + 1 - place)
+    for half, byte in product(range(2), range(2)):
+        first, second, third, fourth = planes[4 * half : 4 * half + 4, byte]
+        words[2 * half] |= (first << 5 | second << 2 | (third >> 1 & 0x00030003)) << (8 * byte)
+        words[1] |= (fourth << 1 | (third & 0x00010001)) << (8 * byte + 4 * half)
     return words
 
 

@@ -79,7 +79,6 @@ class Tile:
     def covers(self, tokens: int, bits: int, codebook: bool) -> bool:
         return (
             tokens <= self.up_to
-            and (bits != 3 or self.span == 256)  # their 16th plane is in all words of a block
             and (self.bits is None or bits in self.bits)
             and (self.codebook is None or codebook == self.codebook)
         )

@@ -147,19 +147,19 @@ def _every() -> Iterator[Variant]:
 
 def _large(hopper: Table) -> Iterator[Variant]:
     """What is near the limit of the registers on Hopper: tiles of more than 32 tokens, several rounds of patches."""
-    sixteen, sixty_four, most = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128))
-    for tile in (most, narrowed(most, 8)):
+    sixteen, sixty_four, tall, most = (hopper.largest(tokens, 4, False) for tokens in (16, 64, 128, 256))
+    for tile in (tall, narrowed(tall, 8), most):
         yield variant("h200", tile, 4, 128, SYMMETRIC, "bf16", split=HERE)
         yield variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", split=HERE)
         yield variant("h200", tile, 2, 32, ASYMMETRIC, "fp16", crowded=True)
-    for tokens in (64, 256):
+    for tokens in (64, 128, 256):
         of_3_bits = hopper.largest(tokens, 3, False)
         yield variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "fp16", split=HERE)
         for top in (0, TOP):
             yield variant("h200", of_3_bits, 3, 64, ASYMMETRIC, "bf16", crowded=True, top=top)
-    for tokens in (64, 128):
+    for tokens in (64, 128, 256):
         yield variant("h200", hopper.largest(tokens, 8, False), 8, 32, ASYMMETRIC, "bf16")
-    for tile, rounds in product((sixteen, sixty_four, most), ROUNDS[:1] + ROUNDS[2:-1]):
+    for tile, rounds in product((sixteen, sixty_four, tall, most), ROUNDS[:1] + ROUNDS[2:-1]):
         yield variant("h200", tile, 4, 64, ASYMMETRIC, "bf16", rounds=rounds)
 
 
@@ -196,7 +196,7 @@ def _cover() -> Iterator[Variant]:
     yield variant("h200", one, 4, 128, SYMMETRIC, "bf16", split=LATER)
     yield variant("h200", one, 4, 128, SYMMETRIC, "bf16", thin=True)
     yield variant("h200", widened(one, 1, 56), 4, 128, SYMMETRIC, "bf16")
-    for tokens in (32, 64, 128):
+    for tokens in (32, 64, 128, 256):
         yield variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
     yield variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
