@@ -7,7 +7,10 @@ SMALL := demo/SmolLM2-135M-Instruct
 # The newest release of each of vLLM's minor versions that we support.
 COMPAT := 0.30.0 0.31.0 0.32.0
 
-.PHONY: demo test lint aot bench compat clean
+# What vLLM 0.32 and 0.33 bring to a GPU; here it is the newest one.
+TRITON := 3.6.0 3.8.0
+
+.PHONY: demo test lint aot aot-vllm bench compat clean
 
 $(READY): pyproject.toml tools/install.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +35,13 @@ lint: $(READY)
 aot: $(READY)
 	$(BIN)/python -m requant_kernels.aot
 
+aot-vllm: $(TRITON:%=aot-triton-%)
+
+# The kernels whose code a compiler's version changes most.
+aot-triton-%: $(READY)
+	@test -d .venv-triton/$* || { $(BIN)/pip install -q --no-deps --target .venv-triton/$*.part triton==$* && mv .venv-triton/$*.part .venv-triton/$*; }
+	PYTHONPATH=.venv-triton/$* $(BIN)/python -m requant_kernels.aot --only middle
+
 bench: $(READY) $(SMALL)-requant-w4/config.json
 	$(BIN)/requant bench $(SMALL)-requant-w4 --against $(SMALL)
 
@@ -44,4 +54,4 @@ compat-%:
 	.venv-compat/$*/bin/python -m pytest tests/vllm_requant/test_linear.py tests/e2e/test_serve.py
 
 clean:
-	rm -rf .venv .venv-compat demo build dist *.egg-info
+	rm -rf .venv .venv-compat .venv-triton demo build dist *.egg-info

@@ -85,6 +85,14 @@ def test_columns_in_fours(case, monkeypatch):
         check(GRID[case])
 
 
+@pytest.mark.parametrize("case", ["a100, 16 tokens", "h200, 200 tokens, W4 asymmetric", "60 tokens, codebook"])
+def test_products_added_apart(case, monkeypatch):
+    """As Triton before 3.9 wants them for ``tcgen05``, which is not emulated: the same with any."""
+    monkeypatch.setattr(launch, "wants_apart", lambda target: True)
+    with emulated(int(TARGETS[GRID[case].gpu][0])):
+        check(GRID[case])
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 60, 200])
 def test_the_order_of_programs_and_warps_does_not_matter(tokens):
     """Columns are split among programs here, whichever of them is last: the same bits."""

@@ -20,7 +20,7 @@ from requant_kernels.gpu import FP_FUSION
 MAX_SPLITS = 16
 REDUCE_COLUMNS = 128
 PTX = not triton.knobs.runtime.interpret and torch.version.hip is None  # of our own within the kernels
-OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 if PTX:
     declared.always_ask()
 # Of every launch but that of decode_kernel, which the vendor's library follows; by Table.pdl.
@@ -106,7 +106,13 @@ class Call:
 def wants_fours(tokens: int, target: str) -> bool:
     """Whether Triton gives the ``mma`` of a GPU, by its capability, operands in fours (middle.py): "" is none. Of tiles
     of 64 tokens and more it takes x through shared memory another time, were they in that order."""
-    return OLD and tokens < 64 and target not in ("", "90", "100", "103", "gfx942")
+    return TRITON < (3, 8) and tokens < 64 and target not in ("", "90", "100", "103", "gfx942")
+
+
+def wants_apart(target: str) -> bool:
+    """Whether products are to be added to sums apart, with the ``tcgen05`` of a GPU, by its capability: until 3.8
+    Triton runs those that add to a loop's sums beside its next iteration, and does not compile our own PTX then."""
+    return TRITON < (3, 9) and target.startswith(("10", "11"))
 
 
 @cache
@@ -246,6 +252,7 @@ def _one(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]
 
 def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, Any]) -> None:
     token_tiles, row_tiles, splits = grid
+    target = _target(call.x.device)
     middle_kernel[splits, token_tiles, row_tiles](
         *_arrays(call, sums),
         *call.patches,
@@ -257,7 +264,8 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         COLUMNS=tile.columns,
         SPAN=tile.span,
         STACK=tile.stacks,
-        FOURS=wants_fours(tile.tokens, _target(call.x.device)),
+        FOURS=wants_fours(tile.tokens, target),
+        APART=wants_apart(target),
         **call.patched,
         **_constants(call, tile, sums),
         **options,

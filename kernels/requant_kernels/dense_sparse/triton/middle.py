@@ -47,7 +47,7 @@ def middle_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     S: tl.constexpr, STACK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
-    FOURS: tl.constexpr,
+    FOURS: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (splits of the columns, ceil(M / TOKENS), strips /
     (S * STACK)), S warps; of routed experts, with TOP, as ``one_kernel`` says, (.., blocks of tokens, .. of an expert).
@@ -56,7 +56,7 @@ def middle_kernel(
     and entries, are added up and rounded to x's dtype before the product. Few tokens have fewer sums than weights:
     AFTER, a group's products are multiplied by its steps.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256. FOURS: columns are
-    multiplied in the order of ``in_fours``.
+    multiplied in the order of ``in_fours``. APART: products are added to sums by an instruction of its own.
     SPAN columns, a block or half of one, are copied and decoded at a time, and a product takes COLUMNS
     of them, 128 or 256. Of wgmma the second of two in the same sums begins after the first has ended; beside one that
     is alone weights are decoded, those that it takes and those of the next one.
@@ -71,9 +71,10 @@ def middle_kernel(
     NONE: tl.constexpr = nothing(BITS, KIND, DT)
     FEW: tl.constexpr = TOKENS <= 32 and GROUP >= COLUMNS
     AFTER: tl.constexpr = FEW and KIND == SYMMETRIC and (ROUNDS == 0 or in_steps(KIND, BITS))
-    # x of so many tokens takes all of shared memory but the buffers of entries, and sums most registers: what else is
-    # fetched ahead waits in registers, and where rows of x are is kept in 32 bits.
+    # x of so many tokens takes all of shared memory but the buffers of entries: what else is fetched ahead waits in
+    # registers. So do sums, and from half as many on there are none for rows of x in 64 bits.
     MANY: tl.constexpr = TOKENS > 128
+    NARROW: tl.constexpr = TOKENS >= 128
     STEPS_AHEAD: tl.constexpr = AFTER or MANY
     # Beside buffers of entries shared memory is short, and of so few tokens there are registers left for words.
     WORDS_AHEAD: tl.constexpr = (AFTER and ROUNDS > 0 and TOKENS <= 16) or MANY
@@ -130,7 +131,7 @@ def middle_kernel(
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
     x_at = from_m[:, None] * K
-    if not MANY:
+    if not NARROW:
         x_at = x_ptr + x_at
     acc = ()
     for _ in tl.static_range(STACK):
@@ -139,7 +140,7 @@ def middle_kernel(
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
             this = x_at + k[None, :]
-            if MANY:
+            if NARROW:
                 this = x_ptr + this
             if EVEN:  # noqa: SIM108 (of the two only one is compiled)
                 x = tl.load(this)
@@ -189,6 +190,8 @@ def middle_kernel(
                 if AFTER:
                     part = tl.dot(w, tl.trans(x))
                     sums = sums + (scaled_after(part, now, start // GROUP, KIND, DT) + acc[h],)  # noqa: RUF005
+                elif APART:
+                    sums = sums + (tl.fma(tl.dot(w, tl.trans(x)), 1.0, acc[h]),)  # noqa: RUF005
                 else:
                     sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
                 if STEPS_AHEAD and start + COLUMNS == SPAN:

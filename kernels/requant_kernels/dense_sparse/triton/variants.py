@@ -10,7 +10,7 @@ import triton.language as tl
 
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, rest_at_once, wants_fours
+from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, rest_at_once, wants_apart, wants_fours
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
     CODEBOOK,
@@ -100,7 +100,7 @@ def variant(  # noqa: PLR0917
     if kernel is middle_kernel:
         assert tile
         constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span, "STACK": tile.stacks}
-        constants["FOURS"] = partial(wants_fours, tile.tokens)
+        constants |= {"FOURS": partial(wants_fours, tile.tokens), "APART": wants_apart}
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
@@ -200,7 +200,7 @@ def _cover() -> Iterator[Variant]:
         yield variant("h200", hopper.largest(tokens, 4, False), 4, 128, SYMMETRIC, "bf16", sparse=False)
     yield variant("a100", tables()["a100"].tiles[0], 3, 128, ASYMMETRIC, "fp16")
     for name in ("h200", "a100", "default"):
-        for tokens in (1, 8, 16, 32, 64, 1024):
+        for tokens in (1, 8, 16, 32, 64, 128, 2048):
             found = tables()[name].tile(tokens, 4, False)
             if found and found.up_to == tokens:
                 yield variant(name, found, 4, 128, SYMMETRIC, "bf16", top=TOP)
