@@ -88,7 +88,11 @@ def quantized(weight: torch.Tensor, x: torch.Tensor, copies: int, name: str, sch
 
 
 def vllms_own(weight: torch.Tensor, x: torch.Tensor, copies: int) -> list[Call]:
-    """vLLM's kernel for 4-bit weights of GPTQ, AWQ and compressed-tensors checkpoints, on the symmetric grid."""
+    """vLLM's kernel for 4-bit weights of GPTQ, AWQ and compressed-tensors checkpoints, on the symmetric grid. Nothing
+    where vLLM was built without it, as for processors without AVX-512."""
+    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        print(f"{VLLM}: its build for this processor has no cpu_gemm_wna16", file=sys.stderr)
+        return []
     layer = round_layer(weight, LayerScheme(WeightScheme(4, 64, symmetric=True)))
     assert isinstance(layer, DenseSparseWeight)
     with vllm_ready(Setting(CPU, DTYPE)) as linear:
