@@ -39,7 +39,7 @@ aot-vllm: $(TRITON:%=aot-triton-%)
 
 # The kernels whose code a compiler's version changes most.
 aot-triton-%: $(READY)
-	@test -d .venv-triton/$* || { $(BIN)/pip install -q --no-deps --target .venv-triton/$*.part triton==$* && mv .venv-triton/$*.part .venv-triton/$*; }
+	@test -d .venv-triton/$* || { rm -rf .venv-triton/$*.part && $(BIN)/pip install -q --no-deps --target .venv-triton/$*.part triton==$* && mv .venv-triton/$*.part .venv-triton/$*; }
 	PYTHONPATH=.venv-triton/$* $(BIN)/python -m requant_kernels.aot --only middle
 
 bench: $(READY) $(SMALL)-requant-w4/config.json

@@ -203,14 +203,14 @@ class Predictor:
         ends = [tile.steps(layer.blocks) * k // splits for k in range(splits + 1)]
         shares = [ends[k + 1] - ends[k] for k in range(splits)]
         programs = token_tiles * row_tiles * splits
-        # Long launches are slower for the power that they take: as fast as the library's largest products, at most.
-        least = 2 * load.tokens * load.shape.weights / self.gpu.product + self.gpu.launch
         if tile.kernel == "one":
             return self._launch(one, in_turn(self.gpu, paths(one.code, max(shares), splits), programs))
         started = (
             [shares[at % splits] for at in range(programs)[p :: self.gpu.processors]]
             for p in range(self.gpu.processors)
         )
+        # Long launches are slower for the power that they take: as fast as the library's largest products, at most.
+        least = 2 * load.tokens * load.shape.weights / self.gpu.product + self.gpu.launch
         return max(least, self._launch(one, [paths(one.code, share, splits)[0] for share in max(started, key=sum)]))
 
     def _decode(self, decode: Decode, load: Load) -> float:
