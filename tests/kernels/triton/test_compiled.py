@@ -93,6 +93,16 @@ def test_products_added_apart(case, monkeypatch):
         check(GRID[case])
 
 
+@pytest.mark.parametrize(
+    "case", ["h200, 100 tokens", "h200, 200 tokens, W4 asymmetric", "h200, 300 tokens, W2, uneven rows"]
+)
+def test_products_beside_each_other(case, monkeypatch):
+    """As Triton 3.8 wants them of more than 128 tokens: the same with any, one tile or two below each other."""
+    monkeypatch.setattr(launch, "wants_sides", lambda tokens: 2)
+    with emulated(90):
+        check(GRID[case])
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 60, 200])
 def test_the_order_of_programs_and_warps_does_not_matter(tokens):
     """Columns are split among programs here, whichever of them is last: the same bits."""

@@ -44,33 +44,39 @@ def finish(
     sums, out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, first, M, N, split, splits, tile, tiles,
     SPLIT: tl.constexpr, BIAS: tl.constexpr, DT: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Sums, fp32 [R, TOKENS] each, one below the other, of rows from ``first`` on and tokens ``m`` go to out DT [M, N],
-    with the bias.
+    """Sums, fp32 [R, TOKENS] each, go to out DT [M, N], with the bias: sums[i] of tokens m[i % len(m)], rows from
+    ``first`` on, and those below them after every ``len(m)``.
 
-    With SPLIT they are one of ``splits`` shares, fp32 [splits, tiles, all rows of a tile, TOKENS], of tile ``tile``,
-    which are added up HERE, by the last program or by all TOGETHER, or LATER. arrived int32 [tiles].
+    With SPLIT they are one of ``splits`` shares, fp32 [splits, tiles, len(m), all rows of a tile, TOKENS], of tile
+    ``tile``, which are added up HERE, by the last program or by all TOGETHER, or LATER. arrived int32 [tiles].
     """
     R: tl.constexpr = sums[0].shape[0]
     TOKENS: tl.constexpr = sums[0].shape[1]
-    ROWS: tl.constexpr = len(sums) * R
+    SIDES: tl.constexpr = len(m)
+    ROWS: tl.constexpr = len(sums) // SIDES * R
+    SIDE: tl.constexpr = ROWS * TOKENS
     if SPLIT == WHOLE:
-        for h in tl.static_range(len(sums)):
-            n = first + h * R + tl.arange(0, R)
-            _write(sums[h], out_ptr, bias_ptr, m, n, n < N, M, N, BIAS, DT)
+        for i in tl.static_range(len(sums)):
+            n = first + i // SIDES * R + tl.arange(0, R)
+            _write(sums[i], out_ptr, bias_ptr, m[i % SIDES], n, n < N, M, N, BIAS, DT)
     else:
-        share = tiles.to(tl.int64) * (ROWS * TOKENS)
-        shares = shares_ptr + tile.to(tl.int64) * (ROWS * TOKENS)
+        share = tiles.to(tl.int64) * (SIDES * SIDE)
+        shares = shares_ptr + tile.to(tl.int64) * (SIDES * SIDE)
         at = shares + split * share + tl.arange(0, R)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        for h in tl.static_range(len(sums)):
-            tl.store(at + h * (R * TOKENS), sums[h])
+        for i in tl.static_range(len(sums)):
+            tl.store(at + (i % SIDES * SIDE + i // SIDES * (R * TOKENS)), sums[i])
         if SPLIT == HERE:
             if TOGETHER:
                 await_all(arrived_ptr + tile, splits)
                 rows = tl.cdiv(ROWS // 16, splits) * 16
                 begin = split * rows
                 end = tl.minimum(ROWS, begin + rows)
-                _add_up(shares, out_ptr, bias_ptr, m, first, begin, end, M, N, share, splits, ROWS, BIAS, DT)
+                for i in tl.static_range(SIDES):
+                    of = shares + i * SIDE
+                    _add_up(of, out_ptr, bias_ptr, m[i], first, begin, end, M, N, share, splits, ROWS, BIAS, DT)
                 leave(arrived_ptr + tile, splits)
             elif all_arrived(arrived_ptr + tile, splits):
-                _add_up(shares, out_ptr, bias_ptr, m, first, 0, ROWS, M, N, share, splits, ROWS, BIAS, DT)
+                for i in tl.static_range(SIDES):
+                    of = shares + i * SIDE
+                    _add_up(of, out_ptr, bias_ptr, m[i], first, 0, ROWS, M, N, share, splits, ROWS, BIAS, DT)
                 tl.store(arrived_ptr + tile, 0)

@@ -115,6 +115,12 @@ def wants_apart(target: str) -> bool:
     return TRITON < (3, 9) and target.startswith(("10", "11"))
 
 
+def wants_sides(tokens: int) -> int:
+    """How many products a tile's weights are multiplied in, each with as many of its tokens, beside each other
+    (middle.py). Triton 3.8 cuts a product in two, of which the second waits for the first; 3.9 spills registers."""
+    return 2 if tokens > 128 and TRITON == (3, 8) else 1
+
+
 @cache
 def _target(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
@@ -266,6 +272,7 @@ def _middle(call: Call, tile: Tile, grid: Grid, sums: Sums, options: dict[str, A
         STACK=tile.stacks,
         FOURS=wants_fours(tile.tokens, target),
         APART=wants_apart(target),
+        SIDES=wants_sides(tile.tokens),
         **call.patched,
         **_constants(call, tile, sums),
         **options,

@@ -47,7 +47,7 @@ def middle_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, ROUNDS: tl.constexpr, PTX: tl.constexpr,
     COLUMNS: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     S: tl.constexpr, STACK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr, TOP: tl.constexpr,
-    FOURS: tl.constexpr, APART: tl.constexpr,
+    FOURS: tl.constexpr, APART: tl.constexpr, SIDES: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] = x [M, K] (dense + sparse)^T + bias. Grid (splits of the columns, ceil(M / TOKENS), strips /
     (S * STACK)), S warps; of routed experts, with TOP, as ``one_kernel`` says, (.., blocks of tokens, .. of an expert).
@@ -56,7 +56,8 @@ def middle_kernel(
     and entries, are added up and rounded to x's dtype before the product. Few tokens have fewer sums than weights:
     AFTER, a group's products are multiplied by its steps.
     entries, starts: ``Patches``, with ROUNDS; 0 where there are none. EVEN: K is a multiple of 256. FOURS: columns are
-    multiplied in the order of ``in_fours``. APART: products are added to sums by an instruction of its own.
+    multiplied in the order of ``in_fours``. APART: products are added to sums by an instruction of its own. SIDES:
+    a tile's tokens are those of as many products, beside each other.
     SPAN columns, a block or half of one, are copied and decoded at a time, and a product takes COLUMNS
     of them, 128 or 256. Of wgmma the second of two in the same sums begins after the first has ended; beside one that
     is alone weights are decoded, those that it takes and those of the next one.
@@ -78,13 +79,14 @@ def middle_kernel(
     STEPS_AHEAD: tl.constexpr = AFTER or MANY
     # Beside buffers of entries shared memory is short, and of so few tokens there are registers left for words.
     WORDS_AHEAD: tl.constexpr = (AFTER and ROUNDS > 0 and TOKENS <= 16) or MANY
+    SIDE: tl.constexpr = TOKENS // SIDES
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     block = tl.program_id(1)
     first = tl.program_id(2) * (S * STACK)
-    place = block * TOKENS + tl.arange(0, TOKENS)
-    m = place
-    from_m = tl.minimum(m, M - 1)  # beyond the last token it again: not stored
+    m = ()
+    for side in tl.static_range(SIDES):
+        m = m + (block * TOKENS + side * SIDE + tl.arange(0, SIDE),)  # noqa: RUF005
     to_n = first * 16
     if TOP:
         if PDL:
@@ -92,8 +94,10 @@ def middle_kernel(
         expert = tl.load(experts_ptr + block)
         if expert < 0:
             return
-        m = tl.load(pairs_ptr + place)
-        from_m = tl.minimum(m, M - 1) // TOP
+        pairs_at = m
+        m = ()
+        for side in tl.static_range(SIDES):
+            m = m + (tl.load(pairs_ptr + pairs_at[side]),)  # noqa: RUF005
         first += expert * tl.num_programs(2) * (S * STACK)
 
     lo = blocks * SPANS * split // splits
@@ -130,24 +134,29 @@ def middle_kernel(
         ask_for_words(codes_ptr, first, blocks, lo // SPANS, BITS, S)
         gdc_wait()  # what was read so far is the layer's; x may be the output of the kernel before
 
-    x_at = from_m[:, None] * K
-    if not NARROW:
-        x_at = x_ptr + x_at
+    x_at = ()
+    for side in tl.static_range(SIDES):
+        from_m = tl.minimum(m[side], M - 1)  # beyond the last token it again: not stored
+        if TOP:
+            from_m = from_m // TOP
+        rows_at = from_m[:, None] * K
+        x_at = x_at + (rows_at if NARROW else x_ptr + rows_at,)  # noqa: RUF005
     acc = ()
-    for _ in tl.static_range(STACK):
-        acc = acc + (tl.zeros((R, TOKENS), tl.float32),)  # noqa: RUF005
+    for _ in tl.static_range(STACK * SIDES):
+        acc = acc + (tl.zeros((R, SIDE), tl.float32),)  # noqa: RUF005
     for span in range(lo, hi):
         for start in tl.static_range(0, SPAN, COLUMNS):
             k = span * SPAN + start + tl.arange(0, COLUMNS)
-            this = x_at + k[None, :]
-            if NARROW:
-                this = x_ptr + this
-            if EVEN:  # noqa: SIM108 (of the two only one is compiled)
-                x = tl.load(this)
-            else:
-                x = tl.load(this, mask=(k < K)[None, :], other=0.0)
-            if FOURS:
-                x = in_fours(x)
+            xs = ()
+            for side in tl.static_range(SIDES):
+                this = x_at[side] + k[None, :]
+                if NARROW:
+                    this = x_ptr + this
+                if EVEN:  # noqa: SIM108 (of the two only one is compiled)
+                    x = tl.load(this)
+                else:
+                    x = tl.load(this, mask=(k < K)[None, :], other=0.0)
+                xs = xs + (in_fours(x) if FOURS else x,)  # noqa: RUF005
             sums = ()
             ahead = ()
             next_steps = ()
@@ -187,13 +196,16 @@ def middle_kernel(
                 if WORDS_AHEAD and start + COLUMNS == SPAN:  # the last ones' registers are free
                     words = load_span(words_at + h * words_below, span + 1, BITS, S, SPAN)
                     next_words = next_words + (words,)  # noqa: RUF005
-                if AFTER:
-                    part = tl.dot(w, tl.trans(x))
-                    sums = sums + (scaled_after(part, now, start // GROUP, KIND, DT) + acc[h],)  # noqa: RUF005
-                elif APART:
-                    sums = sums + (tl.fma(tl.dot(w, tl.trans(x)), 1.0, acc[h]),)  # noqa: RUF005
-                else:
-                    sums = sums + (tl.dot(w, tl.trans(x), acc[h]),)  # noqa: RUF005
+                for side in tl.static_range(SIDES):
+                    x = tl.trans(xs[side])
+                    before = acc[h * SIDES + side]
+                    if AFTER:
+                        total = scaled_after(tl.dot(w, x), now, start // GROUP, KIND, DT) + before
+                    elif APART:
+                        total = tl.fma(tl.dot(w, x), 1.0, before)
+                    else:
+                        total = tl.dot(w, x, before)
+                    sums = sums + (total,)  # noqa: RUF005
                 if STEPS_AHEAD and start + COLUMNS == SPAN:
                     at = steps_at + h * R
                     steps = load_steps(at, span + 1, blocks * SPANS, scale_step, width, GROUP, KIND, S, 1, SPAN)

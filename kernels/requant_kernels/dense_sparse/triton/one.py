@@ -219,6 +219,6 @@ def one_kernel(
         y += tl.reshape(tl.sum(tl.reshape(sums, (S, KW, 16)), 1), (16 * S, 1))
 
     finish(
-        (y,), out_ptr, shares_ptr, arrived_ptr, bias_ptr, m, to_n, M, N, split, splits, tile_at, tiles,
+        (y,), out_ptr, shares_ptr, arrived_ptr, bias_ptr, (m,), to_n, M, N, split, splits, tile_at, tiles,
         SPLIT, BIAS, DT, False,
     )  # fmt: skip

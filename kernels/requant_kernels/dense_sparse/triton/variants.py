@@ -10,7 +10,13 @@ import triton.language as tl
 
 from requant_kernels.aot import Variant
 from requant_kernels.dense_sparse.triton.fixup import reduce_kernel
-from requant_kernels.dense_sparse.triton.launch import REDUCE_COLUMNS, rest_at_once, wants_apart, wants_fours
+from requant_kernels.dense_sparse.triton.launch import (
+    REDUCE_COLUMNS,
+    rest_at_once,
+    wants_apart,
+    wants_fours,
+    wants_sides,
+)
 from requant_kernels.dense_sparse.triton.layer import (
     ASYMMETRIC,
     CODEBOOK,
@@ -101,6 +107,7 @@ def variant(  # noqa: PLR0917
         assert tile
         constants |= {"TOKENS": tile.tokens, "COLUMNS": tile.columns, "SPAN": tile.span, "STACK": tile.stacks}
         constants |= {"FOURS": partial(wants_fours, tile.tokens), "APART": wants_apart}
+        constants["SIDES"] = wants_sides(tile.tokens)
     else:
         constants["KW"] = rule.k_warps
     if rule not in (*tables()[table].tiles, tables()[table].decode):
