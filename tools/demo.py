@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+import torch
 from openai import OpenAI
 from requant.server import serve
 
@@ -104,7 +105,8 @@ def run(folder: Path) -> None:
         print(f"{size / 1e6:7.1f} MB  {path.name}")
     print("The embedding stays in bfloat16; in a model this small it is a fifth of all weights.")
     say("the server is stopped; ask it yourself with")
-    print(f"{Path(sys.executable).with_name('vllm')} serve {quantized} --quantization requant")
+    space = "" if torch.cuda.is_available() else "VLLM_CPU_KVCACHE_SPACE=1 "  # else vLLM wants 92 % of all memory
+    print(f"{space}{Path(sys.executable).with_name('vllm')} serve {quantized} --quantization requant")
 
 
 def stop(number: int, frame: FrameType | None) -> None:

@@ -12,6 +12,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm_requant.versions import check_version
 
 _LOG = init_logger(__name__)
+# Linear layers that are never rounded in flight: routers, and the output heads of classifiers and reward models.
+KEPT = ("gate", "router", "shared_expert_gate", "score", "classifier")
 
 
 class RequantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -55,11 +57,18 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM calls it once, before the model is built. A scheme that config.json does not declare, from
-        ``--hf-overrides``, is one to round by."""
+        ``--hf-overrides``, is one to round by. Raises SchemeError where it declares another one."""
         from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-        stored = get_hf_file_to_dict("config.json", model_name, revision)
-        self.in_flight |= stored is not None and "quantization_config" not in stored
+        file = get_hf_file_to_dict("config.json", model_name, revision)
+        stored = file.get("quantization_config") if file else None
+        ours = stored and self.scheme and stored.get("quant_method") == QUANT_METHOD
+        if ours and CheckpointScheme.from_dict(stored) != self.scheme:
+            raise SchemeError(
+                "quantization_config: this checkpoint is quantized, as its config.json says; --hf-overrides can not "
+                "say otherwise"
+            )
+        self.in_flight |= file is not None and not stored
         self.hf_config = hf_config
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
@@ -83,16 +92,20 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
-            if scheme is None:
+            if scheme is None or (self.in_flight and prefix.rpartition(".")[2] in KEPT):
                 return UnquantizedLinearMethod()
             if self.in_flight:
                 scheme = self._roundable(scheme, layer.input_size, prefix)
             kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
             return kind(scheme, names, in_flight=self.in_flight)
         if isinstance(layer, RoutedExperts):
-            if self.in_flight:
-                raise SchemeError(f"{prefix}: experts can not be rounded in flight; make a checkpoint")
-            return experts_method(layer, prefix, self._common_scheme)
+            method = experts_method(layer, prefix, self._common_scheme)
+            if method and self.in_flight:
+                raise SchemeError(
+                    f'{prefix}: experts can not be rounded in flight; make a checkpoint, or ignore them ("ignore" of '
+                    "--hf-overrides)"
+                )
+            return method
         if isinstance(layer, VocabParallelEmbedding) and not self.in_flight:
             return self._vocabulary_method(layer, prefix)
         return None
@@ -126,7 +139,10 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if scheme is None:
             return None
         check_output_head(scheme, prefix if head else OUTPUT_HEAD)
-        return OutputHeadMethod(scheme, [prefix]) if head else EmbeddingMethod(scheme, [prefix or "embed_tokens"])
+        if head:
+            return OutputHeadMethod(scheme, [prefix])
+        _refuse_draft(prefix)
+        return EmbeddingMethod(scheme, [prefix or "embed_tokens"])
 
     @property
     def _tied(self) -> bool:
@@ -146,3 +162,17 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
                     f"{prefix}: vLLM fuses {names[0]} and {name}, so both must be quantized alike or both ignored"
                 )
         return schemes[0]
+
+
+def _refuse_draft(prefix: str) -> None:
+    """Raises SchemeError for the embeddings ``prefix`` where a draft would share them if its own width were that of
+    their weight, which is an int8 layout: vLLM would leave the draft's uninitialised."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    speculative = current.speculative_config if current else None
+    if speculative and speculative.use_eagle() and speculative.method != "mtp":
+        raise SchemeError(
+            f"{prefix or 'embed_tokens'}: quantized embeddings can not be shared with a draft of method "
+            f"{speculative.method!r}; quantize without --quantize-lm-head, or leave speculative decoding out"
+        )

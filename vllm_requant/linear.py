@@ -1,6 +1,7 @@
 """Quantized linear layers in vLLM: load, lay out, apply."""
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from requant_kernels.dense_sparse import dispatch as dense_sparse
 from requant_kernels.errors import SchemeError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.ops import dense_sparse_linear, run_dense_sparse, run_w8a8
+from requant_kernels.prepared import Prepared
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.tensor_parallel import cut_groups
 from requant_kernels.w8a8 import dispatch as w8a8
@@ -39,6 +41,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, scheme: LayerScheme, names: list[str], *, in_flight: bool = False) -> None:
         self.scheme, self.names, self._in_flight = scheme, names, in_flight
+        self._processed = False
 
     def create_weights(  # noqa: PLR0917 (vLLM's signature)
         self,
@@ -59,18 +62,18 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
         row_parallel = isinstance(layer, RowParallelLinear)
         index = LocalIndex(layer, self._shape, row_parallel, extra_weight_attrs["weight_loader"])
         form = unquantized(self._device) if self._in_flight else QUANTIZED
-        self._loader = LayerLoader(self.names, self.scheme, form, index, self._prepare)
+        self._loader = LayerLoader(self.names, self.scheme, form, index, self._prepare, dtype=params_dtype)
         if row_parallel:
             self._tell_cuts(input_size, input_size_per_partition)
         for name in TENSORS:
-            layer.register_parameter(name, self._loader.placeholder(name, params_dtype))
+            layer.register_parameter(name, self._loader.placeholder(name))
 
     def _tell_cuts(self, columns: int, share: int) -> None:
         if what := cut_groups(columns, self.scheme.weights.group_size, columns // share):
             _LOG.warning_once("row-parallel layers: %s", what)
 
     def _prepare(self, weight: QuantizedLayer) -> None:
-        self._prepared = self._dispatch.prepare(weight, self._dtype, self._device)
+        self._prepared: Prepared = self._dispatch.prepare(weight, self._dtype, self._device)
         self._correction = weight.bias_correction
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -78,20 +81,22 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
         """
-        self._finish_loading()
-        tell_compile_cache(self._config, self.names, self._prepared)
+        prepared = self._finish_loading()
+        tell_compile_cache(self._config, self.names, prepared)
         own = getattr(layer, "bias", None) is not None  # which vLLM passes, or adds itself
         biased = {self.scheme.bias_correction, self.scheme.bias_correction or own}
-        self._dispatch.warm_up(self._prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
-        runtime = dict(self._prepared.tensors)
-        self._tensors, self._meta = tuple(runtime), list(self._prepared.meta)  # plain, because torch.compile reads them
+        self._dispatch.warm_up(prepared, self._dtype, self._device, limit=self._max_tokens, biased=biased)
+        runtime = dict(prepared.tensors)
+        self._tensors, self._meta = tuple(runtime), list(prepared.meta)  # plain, because torch.compile reads them
         if self._correction is not None:
             runtime["bias_correction"] = self._correction.to(self._device, self._dtype)
         for name in TENSORS:
             delattr(layer, name)
         for name, tensor in runtime.items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        self._implementation, self._out_features = self._prepared.implementation, self._prepared.out_features
+        self._implementation, self._out_features = prepared.implementation, prepared.out_features
+        self._processed = True
+        del self._prepared, self._correction  # vLLM may move what it finds in the layer, and frees its old place
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K] -> [..., N], both as they lie on this rank."""
@@ -107,12 +112,13 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
             "of --quantization-config, or leave that option out"
         )
 
-    def _finish_loading(self) -> None:
+    def _finish_loading(self) -> Prepared:
         if self._dummy:
             self._prepare(dummy_layer(self.scheme, *self._shape, self._dtype))
         else:
             self._loader.check_complete()
         self._loader.close()
+        return self._prepared
 
 
 @register_weight_loader_v2_supported_method
@@ -129,10 +135,13 @@ class DenseSparseLinearMethod(RequantLinearMethod):
         """
         if self.scheme.bias_correction:
             raise self._not_only_weights("a bias correction")
-        self._finish_loading()
+        multiply = (
+            partial(self.apply, layer)
+            if self._processed
+            else partial(dense_sparse_linear, prepared=self._finish_loading())
+        )
         unit = torch.eye(self._shape[1], dtype=self._dtype, device=self._device)
-        columns = [dense_sparse_linear(rows, self._prepared) for rows in torch.split(unit, UNIT_ROWS)]
-        return torch.cat(columns).T.contiguous()
+        return torch.cat([multiply(rows) for rows in torch.split(unit, UNIT_ROWS)]).T.contiguous()
 
 
 @register_weight_loader_v2_supported_method

@@ -163,7 +163,14 @@ class RequantExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         }
         self._loaders = [
             {
-                part: LayerLoader(one.names, one.scheme, QUANTIZED, indices[part], partial(self._take, number, part))
+                part: LayerLoader(
+                    one.names,
+                    one.scheme,
+                    QUANTIZED,
+                    indices[part],
+                    partial(self._take, number, part),
+                    dtype=params_dtype,
+                )
                 for part, one in expert.items()
             }
             for number, expert in enumerate(self._stored)

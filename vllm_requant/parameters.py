@@ -5,6 +5,7 @@ are empty: their loader collects the tensors of each shard, and as soon as a sha
 to this rank. Memory then holds the file's form of one layer at a time.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from requant_kernels.errors import CheckpointError
 from requant_kernels.layer import QuantizedLayer, kind_of, layer_from_tensors
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
+from vllm.model_executor.parameter import BasevLLMParameter
 
 from vllm_requant.sharding import LocalIndex, ShardId
 
@@ -46,6 +48,29 @@ class Form:
 QUANTIZED = Form(tensor_names, layer_from_tensors)
 
 
+class Placeholder(BasevLLMParameter):  # type: ignore[misc]
+    """An empty parameter whose ``weight_loader`` brings tensors to a LayerLoader."""
+
+    def __init__(self, data: torch.Tensor, weight_loader: Callable[..., None], index: LocalIndex) -> None:
+        super().__init__(data, weight_loader)
+        self._index = index
+        # Models that put a file's rows in another order (falcon.py) ask for the axis.
+        self.output_dim, self.input_dim = 0, 1
+
+    @property
+    def weight_loader(self) -> Callable[..., None]:
+        return self._weight_loader
+
+    @weight_loader.setter
+    def weight_loader(self, loader: Callable[..., None]) -> None:
+        """Where a model brings a loader (parameter, weight) of its own (mamba_mixer2.py), that is how rows are cut; all
+        others, of vLLM's reloading, take what a LayerLoader does."""
+        if len(inspect.signature(loader).parameters) == 2:
+            self._index.cut_by(loader)
+        else:
+            self._weight_loader = loader
+
+
 class LayerLoader:
     """Collects one linear layer of the model, made of the stored layers ``names`` (several where vLLM fuses them)."""
 
@@ -56,25 +81,27 @@ class LayerLoader:
         form: Form,
         index: LocalIndex,
         finish: Callable[[QuantizedLayer], None],
+        *,
+        dtype: torch.dtype,
     ) -> None:
-        """``finish`` gets the local weight once, as soon as it is whole; what it refuses need not name the layer."""
+        """``finish`` gets the local weight once, as soon as it is whole; what it refuses need not name the layer.
+        ``dtype``: of the activations."""
         self._names, self._scheme, self._form, self._index, self._finish = names, scheme, form, index, finish
-        self._arrived: dict[int, dict[str, torch.Tensor]] = {}
+        self._dtype = dtype
+        self._arrived: dict[ShardId, dict[str, torch.Tensor]] = {}
         self._parts: list[tuple[torch.Tensor, QuantizedLayer]] = []
         self._complete = False
         self._served = False
 
-    def placeholder(self, tensor_name: str, dtype: torch.dtype) -> torch.nn.Parameter:
+    def placeholder(self, tensor_name: str) -> Placeholder:
         """An empty parameter whose ``weight_loader`` brings tensors here."""
         int8 = tensor_name == "weight" and self._scheme.activations  # vLLM warns where a file holds another dtype
-        empty = torch.empty(0, dtype=torch.int8 if int8 else TENSORS[tensor_name] or dtype)
-        parameter = torch.nn.Parameter(empty, requires_grad=False)
+        empty = torch.empty(0, dtype=torch.int8 if int8 else TENSORS[tensor_name] or self._dtype)
 
         def weight_loader(param: torch.nn.Parameter, loaded: torch.Tensor, shard: ShardId = None) -> None:
             self.load(tensor_name, loaded, shard)
 
-        parameter.weight_loader = weight_loader  # type: ignore[attr-defined]
-        return parameter
+        return Placeholder(empty, weight_loader=weight_loader, index=self._index)
 
     def close(self) -> None:
         """From now on the layer is served from its runtime layout, into which no tensor of a file can be put."""
@@ -84,18 +111,18 @@ class LayerLoader:
         """Raises CheckpointError, naming the first tensor that never came."""
         if self._complete:
             return
-        for position, name in enumerate(self._names):
-            arrived = self._arrived.get(position, {})
+        came = {(self._name(shard), tensor_name) for shard, parts in self._arrived.items() for tensor_name in parts}
+        for name in self._names:
             for tensor_name in self._form.tensors(self._scheme):
-                if tensor_name not in arrived:
+                if (name, tensor_name) not in came:
                     raise CheckpointError(f"{name}.{tensor_name}: missing in the checkpoint")
         raise CheckpointError(f"{', '.join(self._names)}: do not fill the model's layer")
 
     def load(self, tensor_name: str, tensor: torch.Tensor, shard: ShardId) -> None:
         """Takes one tensor of the stored layer that ``shard`` means. Raises CheckpointError for one that is wrong, not
         expected or here already."""
-        position = _position(shard)
-        where = f"{self._names[position]}.{tensor_name}"
+        name = self._name(shard)
+        where = f"{name}.{tensor_name}"
         if self._served:  # the parts of the model that were reloaded before this are lost already
             raise CheckpointError(f"{where}: a quantized layer that is served can not be reloaded; start vLLM anew")
         expected = self._form.tensors(self._scheme)
@@ -103,13 +130,22 @@ class LayerLoader:
             raise CheckpointError(f"{where}: stored unquantized, but quantization_config does not ignore the layer")
         if tensor_name not in expected:
             raise CheckpointError(f"{where}: not expected in a layer of this scheme")
-        tensors = self._arrived.setdefault(position, {})
+        tensors = self._arrived.setdefault(shard, {})
         if tensor_name in tensors:
             raise CheckpointError(f"{where}: loaded twice")
+        # Kernels take steps in the dtype that they compute in: others are rounded to it, as any model's weights are by
+        # vLLM. Those of W8A8 are used in fp32.
+        rounded = tensor.is_floating_point() and self._dtype.itemsize == 2 and not self._scheme.activations
         # A copy: some of vLLM's readers reuse their buffers.
-        tensors[tensor_name] = tensor.to("cpu", copy=True)
+        tensors[tensor_name] = tensor.to("cpu", self._dtype if rounded else tensor.dtype, copy=True)
         if len(tensors) == len(expected):
-            self._add_part(self._names[position], tensors, shard)
+            self._add_part(name, tensors, shard)
+
+    def _name(self, shard: ShardId) -> str:
+        """Of the fused layer that vLLM's shard id means; the first one's where it has none of its own."""
+        first = shard[0] if isinstance(shard, tuple) else shard or 0
+        place = first if isinstance(first, int) else "qkv".index(first)
+        return self._names[place] if place < len(self._names) else self._names[0]
 
     def _add_part(self, name: str, tensors: dict[str, torch.Tensor], shard: ShardId) -> None:
         weight = self._form.layer(self._scheme, tensors, name)
@@ -133,10 +169,3 @@ class LayerLoader:
             except CheckpointError as error:
                 raise CheckpointError(f"{', '.join(self._names)}: {error}") from None
             self._parts.clear()
-
-
-def _position(shard: ShardId) -> int:
-    """Which of the fused layers vLLM's shard id means."""
-    if isinstance(shard, tuple):
-        return shard[0]
-    return shard if isinstance(shard, int) else {None: 0, "q": 0, "k": 1, "v": 2}[shard]

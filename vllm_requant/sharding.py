@@ -26,6 +26,10 @@ class LocalIndex:
             weight_loader=loader,
         )
 
+    def cut_by(self, loader: Callable[..., None]) -> None:
+        """From now on the layer's rows are placed as ``loader`` places them."""
+        self._loader = loader
+
     @property
     def size(self) -> int:
         """The local extent of the axis that is cut."""

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -25,16 +26,16 @@ def load(source: Path) -> str:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         return "needs a C++ compiler, and there is none on the PATH"
-    library = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
     try:
+        library = _folder() / f"{source.stem}-{_key(source, compiler)}.so"
         if not library.exists():
             _compile(compiler, source, library)
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except subprocess.CalledProcessError as error:
         first = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip()[-200:])
         return f"{compiler} fails on {source.name} ({first})"
-    except OSError as error:
-        return f"{library}: {error}"
+    except (OSError, RuntimeError) as error:  # a folder that can not be written, or none at all
+        return f"{source.name}: {error}"
     return ""
 
 
@@ -85,7 +86,7 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         includes = [f"-I{_TORCH / 'include'}", f"-I{_TORCH / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
         linked = [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]  # loaded already, so no search path is needed
-        command = [compiler, *_FLAGS, abi, *includes, str(source), "-o", str(made), *linked]
+        command = [*shlex.split(compiler), *_FLAGS, abi, *includes, str(source), "-o", str(made), *linked]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(made, library)
     _LOG.info("compiled %s in %.0f s", source.name, time.monotonic() - started)

@@ -92,7 +92,7 @@ def config(weight=W4, **changes) -> LayerConfig:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (config(dtype=torch.float32), "needs bfloat16 activations"),
+        (config(dtype=torch.float32), "activations of torch.float32: serve with --dtype bfloat16"),
         (config(FP16), "scales of torch.float16 are not exact"),
         (config(scheme=LayerScheme(WeightScheme(8, 64))), "8-bit codes"),
         (config(scheme=LayerScheme(WeightScheme(3, codebook=True))), "codebooks"),
@@ -134,4 +134,4 @@ def test_the_choice_is_logged_once_per_kind(caplog):
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2
     assert "run as dequantized (" in lines[0]
-    assert "cpu_int4: needs bfloat16 activations" in lines[0]
+    assert "cpu_int4: activations of torch.float16: serve with --dtype bfloat16" in lines[0]

@@ -9,10 +9,12 @@ import torch
 from requant.models import as_stored
 from requant_kernels.layer import layer_from_tensors
 from requant_kernels.reference import dequantize, linear
-from requant_kernels.scheme import CheckpointScheme
+from requant_kernels.rounding.layer import round_layer
+from requant_kernels.scheme import CheckpointScheme, LayerScheme
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -41,6 +43,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**_COMMON, num_key_value_heads=2, intermediate_size=384),
     # biases everywhere, plain column-parallel layers
     "opt": OPTConfig(**_COMMON, ffn_dim=384, word_embed_proj_dim=192),
+}
+
+# Models that are only served in flight: here vLLM puts the file's rows of q, k, v in another order.
+OTHERS: dict[str, PreTrainedConfig] = {
+    "falcon": FalconConfig(**_COMMON, num_kv_heads=2, new_decoder_architecture=True),
 }
 
 # For output heads: the vocabulary of 380 is padded to 384.
@@ -76,7 +83,7 @@ EXPERT_CONFIGS: dict[str, PreTrainedConfig] = {
 def random_model(kind: str, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((CONFIGS | HEADS | EXPERT_CONFIGS)[kind], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config((CONFIGS | OTHERS | HEADS | EXPERT_CONFIGS)[kind], dtype=torch.bfloat16)
     for parameter in model.parameters():  # biases and norms are trivial otherwise
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -132,6 +139,15 @@ def decoded(checkpoint: Path, folder: Path) -> PreTrainedModel:
     for name, weight in weights.items():
         module = model.get_submodule(name)
         module.forward = partial(linear, weight=weight, bias=module.bias)
+    return model
+
+
+def rounded_blocks(source: Path, scheme: LayerScheme) -> PreTrainedModel:
+    """The float32 model ``source`` with all linear layers but its head rounded."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = dequantize(round_layer(module.weight.data.bfloat16(), scheme))
     return model
 
 

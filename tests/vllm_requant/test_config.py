@@ -1,13 +1,15 @@
 """quantization_config -> a method for every layer, or one line that says why not."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from requant_kernels.errors import SchemeError
-from requant_kernels.scheme import CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.tensor_parallel import Shape, obstacles
+from transformers import PreTrainedConfig
 from vllm.config import ModelConfig
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -23,6 +25,7 @@ from vllm_requant import names
 from vllm_requant.config import RequantConfig
 from vllm_requant.linear import DenseSparseLinearMethod
 from vllm_requant.tensor_parallel import refuse_degree
+from vllm_requant.vocabulary import EmbeddingMethod
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
 QKV, BLOCK = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn"
@@ -113,8 +116,24 @@ def test_an_untested_vllm_is_refused_when_a_checkpoint_is_opened(monkeypatch):
             "model.layers.0.self_attn.o_proj",
             ["model.layers.0.self_attn.o_proj", "model.layers.0.attention.o_proj"],
         ),
+        (
+            WeightsMapper(orig_to_new_substr={".fc1.": ".mlp.fc1."}),
+            "model.layers.0.mlp.fc1",
+            ["model.layers.0.fc1"],
+        ),
+        (
+            WeightsMapper(orig_to_new_suffix={".w1.weight": ".gate_proj.weight"}),
+            "model.layers.0.gate_proj",
+            ["model.layers.0.gate_proj", "model.layers.0.w1"],
+        ),
+        (
+            # as vLLM writes it for models of transformers (models/transformers/base.py)
+            WeightsMapper(orig_to_new_regex={re.compile(r"^gpt_neox\.(.+)"): r"model.\1"}),
+            "model.layers.0.dense",
+            ["model.layers.0.dense", "gpt_neox.layers.0.dense"],
+        ),
     ],
-    ids=["same", "prefix", "other prefix", "substring"],
+    ids=["same", "prefix", "other prefix", "substring", "substring with its end", "suffix", "all"],
 )
 def test_renamed_layers_are_traced_to_the_checkpoint(mapper, served, stored):
     assert names.original_names(served, [mapper]) == stored
@@ -129,8 +148,15 @@ def test_of_several_possible_names_the_one_that_the_scheme_speaks_of_counts():
         assert names.scheme_of("model.decoder.layers.0.fc1", scheme, [mapper]) is None
 
 
+class Renaming:
+    """As transformers has it (WeightRenaming): a pattern that is not run backwards."""
+
+    def rename_source_key(self, key: str) -> tuple[str, None]:
+        return key.replace("up_proj", "gate"), None
+
+
 def test_a_name_that_cannot_be_traced_is_refused():
-    mapper = WeightsMapper(orig_to_new_suffix={"fc1": "up_proj"}, orig_to_new_substr={"up_proj": "gate"})
+    mapper = WeightsMapper(orig_to_new_renaming=[Renaming()])
     with pytest.raises(SchemeError, match=r"^model\.layers\.0\.up_proj: vLLM renames this layer"):
         names.original_names("model.layers.0.up_proj", [mapper])
 
@@ -156,6 +182,8 @@ def test_the_output_layer_and_embeddings_stay_as_they_are_in_flight(folder):
     for one in (RequantConfig(), asked):
         assert one.get_quant_method(layer(ParallelLMHead), "lm_head") is None
         assert one.get_quant_method(layer(VocabParallelEmbedding), "model.embed_tokens") is None
+        for name in ("score", "model.layers.0.mlp.gate"):  # of a reward model; a router
+            assert isinstance(one.get_quant_method(linear(128), name), UnquantizedLinearMethod)
 
 
 @pytest.fixture
@@ -176,6 +204,29 @@ def test_a_scheme_that_no_file_declares_is_one_to_round_by(folder):
     declared = config()
     declared.maybe_update_config(str(folder({"quantization_config": declared.scheme.to_dict()})))
     assert not declared.in_flight
+
+
+def test_a_checkpoint_is_not_what_an_override_says(folder):
+    other = RequantConfig(CheckpointScheme(W3))
+    with pytest.raises(
+        SchemeError, match=r"^quantization_config: this checkpoint is quantized, as its config.json says"
+    ):
+        other.maybe_update_config(str(folder({"quantization_config": CheckpointScheme(W4).to_dict()})))
+
+
+@pytest.mark.parametrize(("method", "refused"), [("eagle", True), ("eagle3", True), ("mtp", False), ("ngram", False)])
+def test_quantized_embeddings_are_not_shared_with_a_draft(method, refused, monkeypatch):
+    """vLLM compares the width of its embeddings with that of our layout (v1/spec_decode/llm_base_proposer.py)."""
+    speculative = SimpleNamespace(method=method, use_eagle=lambda: method != "ngram")
+    current = SimpleNamespace(speculative_config=speculative, model_config=None)
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: current)
+    some = config(overrides={"lm_head": HEAD_SCHEME})
+    some.hf_config = PreTrainedConfig(tie_word_embeddings=True)
+    if not refused:
+        assert isinstance(some.get_quant_method(layer(VocabParallelEmbedding), "embed_tokens"), EmbeddingMethod)
+        return
+    with pytest.raises(SchemeError, match=f"^embed_tokens: quantized embeddings can not be shared .*'{method}'"):
+        some.get_quant_method(layer(VocabParallelEmbedding), "embed_tokens")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Real layers of vLLM, loaded tensor by tensor as vLLM's model loader does, without a model around them."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from requant_kernels import reference
-from requant_kernels.dense_sparse import dispatch
+from requant_kernels.dense_sparse import dispatch, int4_panels
 from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.errors import CheckpointError, SchemeError
 from requant_kernels.layer import QuantizedLayer
@@ -192,6 +194,64 @@ def test_the_weight_can_be_had_back(dtype):
     method.process_weights_after_loading(layer)
     for decoded in (instead_of_processing, method.dequantize_weight(layer)):
         torch.testing.assert_close(decoded.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("served", [torch.bfloat16, torch.float16], ids=str)
+def test_steps_of_another_dtype_are_rounded_to_the_one_that_is_served(served):
+    """As vLLM rounds the weights of any model; no packed layer would take them as they are."""
+    layer, weight = build(ReplicatedLinear, K, 96, dtype=served), random_weight(SCHEME, (96, K), dtype=torch.float32)
+    load(layer, weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    rounded = {
+        name: tensor.to(served) if tensor.is_floating_point() else tensor
+        for name, tensor in weight.to_tensors().items()
+    }
+    same = build(ReplicatedLinear, K, 96, dtype=served)
+    load(same, weight, changed=rounded)
+    same.quant_method.process_weights_after_loading(same)
+    assert layer.quant_method._implementation == same.quant_method._implementation
+    x = torch.randn(5, K).to(served)
+    assert torch.equal(layer(x), same(x))
+    if served == torch.bfloat16 and not int4_panels.unavailable():
+        assert layer.quant_method._implementation != "dequantized"
+
+
+def test_shards_need_no_names_of_their_own():
+    """Some models of vLLM fuse layers without saying which (gptj.py); some number them with gaps (qwen3_5.py)."""
+    heads = build(QKVParallelLinear, K, 32, 4, 2, names=["m.qkv_proj"])
+    query, key, value = stored(128, 1), stored(64, 2), stored(64, 3)
+    for shard, weight in (("k", key), ("v", value), ("q", query)):
+        load(heads, weight, shard)
+    assert_computes(heads, query, key, value)
+    merged = build(MergedColumnParallelLinear, K, [64, 32, 32, 96], names=["m.in_proj_qkv", "m.in_proj_z"])
+    first, last = stored(128, 4), stored(96, 5)
+    load(merged, first, (0, 1, 2))
+    load(merged, last, 3)
+    assert_computes(merged, first, last)
+
+
+def test_rows_lie_where_a_loader_of_the_models_own_puts_them():
+    """mamba_mixer2.py replaces the loader of ``weight`` alone."""
+    layer, weight = build(ColumnParallelLinear, K, 96), stored(96)
+
+    def backwards(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+        parameter.data[...] = loaded.flip(0)
+
+    layer.weight.weight_loader = backwards
+    load(layer, weight)
+    assert_computes(layer, weight.take_rows(torch.arange(96).flip(0)))
+
+
+def test_nothing_keeps_a_layout_but_the_layer():
+    """vLLM's offloading moves parameters, which frees nothing that others hold."""
+    layer = build(ReplicatedLinear, K, 96)
+    load(layer, stored(96))
+    layer.quant_method.process_weights_after_loading(layer)
+    kept = [weakref.ref(parameter.untyped_storage()) for parameter in layer.parameters()]
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    assert not any(storage() for storage in kept)
 
 
 @pytest.mark.parametrize(

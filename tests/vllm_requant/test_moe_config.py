@@ -53,6 +53,15 @@ def test_experts_that_are_all_ignored_are_left_to_vllm():
     assert method(layer(parallel={"use_ep": True}), ignore=(r".*experts\..*",)) is None
 
 
+def test_in_flight_experts_must_be_ignored():
+    config = RequantConfig.from_config(CheckpointScheme(W4).to_dict())
+    config.in_flight = True
+    with pytest.raises(SchemeError, match=rf"^{PREFIX}: experts can not be rounded in flight; make a checkpoint"):
+        config.get_quant_method(layer(), PREFIX)
+    config.scheme = CheckpointScheme(W4, ignore=(r".*experts.*",))
+    assert config.get_quant_method(layer(), PREFIX) is None
+
+
 @pytest.mark.parametrize(
     ("ignored", "message"),
     [

@@ -19,8 +19,9 @@ from requant_kernels.scheme import (
 )
 from requant_kernels.tensor_parallel import cut_groups
 
-from tests.vllm_requant.checkpoints import CONFIGS, HEADS, decoded, edit, quantize, random_model
+from tests.vllm_requant.checkpoints import CONFIGS, HEADS, OTHERS, decoded, edit, quantize, random_model, rounded_blocks
 from tests.vllm_requant.engine import run_jobs
+from vllm_requant.in_flight import DEFAULT
 
 pytestmark = pytest.mark.server
 
@@ -133,6 +134,7 @@ def expected(folder, stored, heads) -> dict[str, list[torch.Tensor]]:
     """Log-probabilities [tokens-1, vocabulary] of each prompt, by transformers in float32."""
     models = {name: decoded(path, folder / f"{name} decoded") for name, path in stored.items()}
     models |= {name: api.load_quantized(path) for name, path in heads.items()}
+    models |= {kind: rounded_blocks(random_model(kind, folder / kind), DEFAULT.scheme) for kind in OTHERS}
     return {name: logprobs(model) for name, model in models.items()}
 
 
@@ -179,7 +181,7 @@ TAMPERED = {
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder, mixed, stored, heads) -> dict[str, dict]:
+def one_rank(folder, mixed, stored, heads, expected) -> dict[str, dict]:
     common, uniform = {"enforce_eager": True, "prompts": PROMPTS}, stored["uniform"]
     jobs = {kind: common | {"model": path, "dtype": "float32"} for kind, path in mixed.items()}
     jobs["bfloat16"] = common | {"model": uniform, "dtype": "bfloat16"}
@@ -192,6 +194,7 @@ def one_rank(folder, mixed, stored, heads) -> dict[str, dict]:
     asked = json.loads((stored["in flight by overrides"] / "config.json").read_text())["quantization_config"]
     overrides = {"hf_overrides": {"quantization_config": asked}}
     jobs["in flight by overrides"] = common | {"model": folder / "qwen2", "dtype": "float32"} | overrides
+    jobs |= {kind: jobs["in flight"] | {"model": folder / kind} for kind in OTHERS}
     jobs["in flight, dummy"] = jobs["in flight"] | {"load_format": "dummy"}
     for name, (change, _) in TAMPERED.items():
         bad = edit(uniform, folder / f"tampered {name}", change)
@@ -228,7 +231,7 @@ def test_dummy_weights_are_served(name, one_rank):
     assert all(torch.isfinite(logprobs).all() for logprobs in one_rank[name]["logprobs"])
 
 
-@pytest.mark.parametrize("name", ROUNDED_ALONE)
+@pytest.mark.parametrize("name", [*ROUNDED_ALONE, *OTHERS])
 def test_an_unquantized_model_is_rounded_to_what_a_checkpoint_would_be(name, one_rank, expected):
     assert_equal(one_rank[name], expected[name], atol=1e-5)
 

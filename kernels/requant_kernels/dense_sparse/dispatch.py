@@ -21,7 +21,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 def choose(config: LayerConfig) -> Implementation:
     """The implementation of ``config``. Raises ValueError, with every reason, where none can."""
-    return first_able(IMPLEMENTATIONS.values(), config, _kind(config))
+    return first_able(list(IMPLEMENTATIONS.values()), config, _kind(config))
 
 
 def prepare(weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device) -> Prepared:

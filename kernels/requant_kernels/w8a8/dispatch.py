@@ -35,7 +35,7 @@ def prepare(weight: W8A8Weight, dtype: torch.dtype, device: torch.device) -> Pre
     Its bias correction is left to the caller: a bias like any other. Raises ValueError where nothing can run it.
     """
     config = LayerConfig.of(weight, dtype, device)
-    return first_able(IMPLEMENTATIONS.values(), config, _kind(config)).prepare(weight, config)
+    return first_able(list(IMPLEMENTATIONS.values()), config, _kind(config)).prepare(weight, config)
 
 
 def warm_up(

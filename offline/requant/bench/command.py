@@ -26,7 +26,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     bench.add_argument(
         "--against", nargs="+", action="extend", default=[], metavar="MODEL", help="others; the first counts as 1"
     )
-    bench.add_argument("--streams", type=_counts, default=STREAMS, metavar="1,8,32", help="requests at a time")
+    bench.add_argument("--streams", type=numbers, default=STREAMS, metavar="1,8,32", help="requests at a time")
     kinds = ",".join(SHAPES)
     bench.add_argument(
         "--workloads",
@@ -80,13 +80,14 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"{path}: its folder does not exist")
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(numbers(text)))
-
-
 def _shapes(text: str) -> tuple[Shape, ...]:
     """One of a kind at most: kinds name the ratios."""
-    shapes = tuple(Shape.parse(part) for part in text.split(","))
+    try:
+        shapes = tuple(Shape.parse(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a list of {', '.join(SHAPES)}, each with IN:OUT tokens or without"
+        ) from None
     if len({shape.kind for shape in shapes}) < len(shapes):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} names a kind twice")
     return shapes

@@ -30,24 +30,26 @@ def test_lengths_are_chosen_by_kind():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "said"),
     [
-        [],
-        ["out", "--streams", "0"],
-        ["out", "--streams", "1,x"],
-        ["out", "--repetitions", "0"],
-        ["out", "--workloads", "encode"],
-        ["out", "--workloads", "decode:8"],
-        ["out", "--workloads", "decode:0:8"],
-        ["out", "--workloads", "decode,decode:8:8"],
+        ([], "OUT"),
+        (["out", "--streams", "0"], "'0' is not a whole number of at least 1"),
+        (["out", "--streams", "1,x"], "'x' is not a whole number of at least 1"),
+        (["out", "--repetitions", "0"], "'0' is not a whole number of at least 1"),
+        (["out", "--workloads", "encode"], "'encode' is not a list of decode, prefill, mixed"),
+        (["out", "--workloads", "decode:8"], "'decode:8' is not a list of decode"),
+        (["out", "--workloads", "decode:0:8"], "'decode:0:8' is not a list of decode"),
+        (["out", "--workloads", "decode,decode:8:8"], "names a kind twice"),
     ],
-    ids=" ".join,
+    ids=lambda one: " ".join(one) if isinstance(one, list) else "",
 )
-def test_wrong_usage_is_exit_code_2(arguments, capsys):
+def test_wrong_usage_is_exit_code_2(arguments, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *arguments])
     assert stopped.value.code == 2
-    assert "usage: requant bench" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "usage: requant bench" in printed
+    assert said in printed
 
 
 def test_a_dtype_follows_the_folder(micro_llama):
