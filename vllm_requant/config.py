@@ -69,6 +69,8 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
                 "say otherwise"
             )
         self.in_flight |= file is not None and not stored
+        if self.in_flight and self.scheme and self.scheme.for_layer(OUTPUT_HEAD) not in (None, self.scheme.scheme):
+            raise SchemeError(f"{OUTPUT_HEAD}: an output head is not rounded in flight; leave its override out")
         self.hf_config = hf_config
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

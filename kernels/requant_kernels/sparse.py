@@ -54,10 +54,6 @@ class SparsePart:
         rows, columns = mask.nonzero(as_tuple=True)
         return cls.from_coo(rows, columns, values[rows, columns], (mask.shape[0], mask.shape[1]))
 
-    @classmethod
-    def empty(cls, shape: tuple[int, int], dtype: torch.dtype) -> Self:
-        return cls.from_mask(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.bool))
-
     def rows(self) -> torch.Tensor:
         """int64 [nnz]: the row of every entry."""
         counts = self.row_offsets.diff().long()

@@ -206,6 +206,12 @@ def test_a_scheme_that_no_file_declares_is_one_to_round_by(folder):
     assert not declared.in_flight
 
 
+def test_a_head_that_would_stay_as_it_is_has_no_scheme_in_flight(folder):
+    asked = config(overrides={"lm_head": HEAD_SCHEME})
+    with pytest.raises(SchemeError, match=r"^lm_head: an output head is not rounded in flight"):
+        asked.maybe_update_config(str(folder({})))
+
+
 def test_a_checkpoint_is_not_what_an_override_says(folder):
     other = RequantConfig(CheckpointScheme(W3))
     with pytest.raises(

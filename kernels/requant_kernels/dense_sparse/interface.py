@@ -18,16 +18,14 @@ class LayerConfig:
     out_features: int
     in_features: int
     group_size: int
-    nnz: int
     stored_dtype: torch.dtype  # of scales, levels and sparse values
     dtype: torch.dtype  # of activations
     device: torch.device
 
     @classmethod
     def of(cls, weight: DenseSparseWeight, dtype: torch.dtype, device: torch.device) -> "LayerConfig":
-        nnz = weight.sparse.nnz if weight.sparse else 0
         return cls(
-            weight.scheme, weight.out_features, weight.in_features, weight.group_size, nnz, weight.dtype, dtype, device
+            weight.scheme, weight.out_features, weight.in_features, weight.group_size, weight.dtype, dtype, device
         )
 
 

@@ -15,7 +15,7 @@ TILE = {"kernel": "one", "up_to": 1, "tokens": 1, "strips": 1, "stages": 3, "pro
 DECODE = {"strips": 1, "k_warps": 4, "stages": 2, "workspace_mib": 32}
 TABLE = {"names": ["X1"], "source": "test", "pdl": True, "tiles": [TILE], "decode": DECODE}
 CONFIG = LayerConfig(
-    LayerScheme(WeightScheme(4, 64)), 64, 128, 64, 0, torch.bfloat16, torch.bfloat16, torch.device("cuda")
+    LayerScheme(WeightScheme(4, 64)), 64, 128, 64, torch.bfloat16, torch.bfloat16, torch.device("cuda")
 )
 
 
