@@ -56,6 +56,12 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     return torch.stack([code.to(torch.uint8) for code in codes], -1).flatten(-2)[..., :length].contiguous()
 
 
+def spare_bits(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
+    """int32 [..., W] that holds ``length`` codes, at least one -> int64 [...]: what the last word has above them."""
+    used = length * bits - (packed.shape[-1] - 1) * WORD
+    return (packed[..., -1].to(torch.int64) & 0xFFFFFFFF) >> used
+
+
 def take_range(packed: torch.Tensor, bits: int, start: int, stop: int) -> torch.Tensor:
     """The codes [start, stop) of int32 [..., W] -> int32 [..., ceil((stop-start)*bits/32)].
 

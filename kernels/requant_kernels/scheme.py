@@ -183,7 +183,7 @@ def check_output_head(scheme: LayerScheme, name: str) -> None:
 def _compile(pattern: Any, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         raise SchemeError(f"{where}: {pattern!r} is not a regular expression ({error})") from None
 
 
@@ -231,16 +231,18 @@ class CheckpointScheme:
         for key in ("quant_method", "version", "scheme"):
             if key not in data:
                 raise SchemeError(f"quantization_config: key {key!r} is missing")
-        overrides, ignore = data.get("overrides", {}), data.get("ignore", [])
+        overrides, ignore, producer = data.get("overrides", {}), data.get("ignore", []), data.get("producer", {})
         if not isinstance(overrides, dict):
             raise SchemeError("overrides: expected an object of pattern -> scheme")
         if not isinstance(ignore, list | tuple):
             raise SchemeError("ignore: expected a list of patterns")
+        if not isinstance(producer, dict):
+            raise SchemeError("producer: expected an object")
         return cls(
             scheme=LayerScheme.from_dict(data["scheme"]),
             overrides={pattern: LayerScheme.from_dict(value) for pattern, value in overrides.items()},
             ignore=tuple(ignore),
-            producer=dict(data.get("producer", {})),
+            producer=dict(producer),
             version=data["version"],
             quant_method=data["quant_method"],
         )

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from requant_kernels.errors import CheckpointError
-from requant_kernels.packing import WORD, pack, packed_length, take_range, unpack
+from requant_kernels.packing import WORD, pack, packed_length, spare_bits, take_range, unpack
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.sparse import SparsePart
 
@@ -205,6 +205,8 @@ class DenseSparseWeight:
                 check_tensor(f"{where}.{name}", tensor, shape, dtypes)
         if self.scale is not None and bool((self.scale <= 0).any()):
             raise CheckpointError(f"{where}.weight_scale: not positive")
+        if self.zero_point is not None and bool(spare_bits(self.zero_point, bits, self.groups).any()):
+            raise CheckpointError(f"{where}.weight_zero_point: not zero above a row's last code")
         if self.sparse is not None:
             if self.sparse.out_features != rows:
                 raise CheckpointError(f"{where}.sparse_row_offsets: {self.sparse.out_features} rows, expected {rows}")

@@ -115,8 +115,7 @@ def choose(units: Sequence[Sequence[Candidate]], numel: int, target: float) -> C
     limit = math.floor(target * numel)
     chosen = _enumerated(units[0], limit, numel) if len(units) == 1 else _relaxed(units, limit)
     if not chosen or not _lands(chosen, limit, numel):
-        least, most = (sum(end(one.fixed for one in unit) for unit in units) / numel for end in (min, max))
-        raise InputError(f"target of {target:g} bits: this model can be stored in about {least:.2f} to {most:.2f}")
+        raise InputError(f"target of {target:g} bits: this model can be stored in {_reach(units, numel, target)}")
     return Choice([one.scheme for one in chosen], _entries(chosen, limit, numel))
 
 
@@ -127,9 +126,32 @@ def _entries(chosen: Sequence[Candidate], limit: int, numel: int) -> int:
     return min(max(left, 0) // max(sparse), int(MOST_SPARSE * numel)) if sparse else 0
 
 
+def _spent(chosen: Sequence[Candidate], limit: int, numel: int) -> int:
+    return sum(one.fixed for one in chosen) + _entries(chosen, limit, numel) * max(one.entry for one in chosen)
+
+
 def _lands(chosen: Sequence[Candidate], limit: int, numel: int) -> bool:
-    spent = sum(one.fixed for one in chosen) + _entries(chosen, limit, numel) * max(one.entry for one in chosen)
-    return limit - SLACK * numel <= spent <= limit
+    return limit - SLACK * numel <= _spent(chosen, limit, numel) <= limit
+
+
+def _reach(units: Sequence[Sequence[Candidate]], numel: int, target: float) -> str:
+    """The least and the most bits a weight with all entries that the sparse part may hold; for a target that falls
+    between two schemes for all, also what they reach next to it."""
+
+    def span(chosen: Sequence[Candidate]) -> tuple[float, float]:
+        """Of targets that land: rounded inwards, as they are printed."""
+        least, most = (_spent(chosen, limit, numel) / numel for limit in (0, 64 * numel))
+        return math.ceil(100 * least) / 100, math.floor(100 * (most + SLACK)) / 100
+
+    least, _ = span([min(unit, key=lambda one: one.fixed) for unit in units])
+    _, most = span([max(unit, key=lambda one: one.fixed) for unit in units])
+    whole = f"about {least:.2f} to {most:.2f}"
+    if len(units) > 1 or not least < target < most:
+        return whole
+    spans = [span([one]) for one in units[0]]
+    below = max((high for _, high in spans if high < target), default=least)
+    above = min((low for low, _ in spans if low > target), default=most)
+    return f"{whole}, by one scheme for all not between {below:.2f} and {above:.2f}"
 
 
 def _enumerated(unit: Sequence[Candidate], limit: int, numel: int) -> list[Candidate]:

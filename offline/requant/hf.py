@@ -5,6 +5,7 @@ Weights are decoded; inputs are rounded and outputs corrected by hooks and biase
 Without it ``AutoModelForCausalLM.from_pretrained`` does not know the format and leaves every linear layer random.
 """
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from requant import output_head
 from requant.aweq.installed import install_around
 from requant.models import as_stored
-from requant.stored import Defect, open_checkpoint
+from requant.stored import open_checkpoint
 from requant.validation import defects, read_layer
 
 _TENSORS = (
@@ -36,6 +37,8 @@ _TENSORS = (
     "input_zero_point",
     "bias_correction",
 )
+# What load_quantized has found to be sound: transformers passes nothing on to a quantizer but config.json.
+_SOUND: ContextVar[Path | None] = ContextVar("_SOUND", default=None)
 
 
 def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -45,11 +48,16 @@ def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> Pr
     Only fp32 holds the decoded values exactly. Raises CheckpointError naming file, tensor and reason.
     """
     # transformers fails in its own words, or not at all, where the folder is not what it seems
-    _refuse(next(defects(Path(folder), contents=False), None))
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    _refuse_unsound(Path(folder))
+    token = _SOUND.set(Path(folder))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    finally:
+        _SOUND.reset(token)
 
 
-def _refuse(defect: Defect | None) -> None:
+def _refuse_unsound(folder: Path) -> None:
+    defect = next(defects(folder), None)
     if defect:
         raise CheckpointError(str(defect))
 
@@ -80,17 +88,18 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
         # transformers reports a failing conversion only after the fact and with a traceback; refuse beforehand
         if checkpoint_files:
             self._folder = Path(checkpoint_files[0]).parent
-            _refuse(next(defects(self._folder), None))
+            if self._folder != _SOUND.get():
+                _refuse_unsound(self._folder)
         return as_stored(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model._weight_conversions = None  # save_pretrained would try to undo the decoding
-        stored = open_checkpoint(self._folder)
-        for name, module in model.named_modules():
-            scheme = stored.scheme.for_layer(name) if isinstance(module, nn.Linear) else None
-            if scheme and (scheme.activations or scheme.bias_correction):
-                where = output_head.stored_name(model.config) if name == OUTPUT_HEAD else name
-                install_around(module, read_layer(stored, where, scheme))
+        with open_checkpoint(self._folder).opened() as stored:
+            for name, module in model.named_modules():
+                scheme = stored.scheme.for_layer(name) if isinstance(module, nn.Linear) else None
+                if scheme and (scheme.activations or scheme.bias_correction):
+                    where = output_head.stored_name(model.config) if name == OUTPUT_HEAD else name
+                    install_around(module, read_layer(stored, where, scheme))
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:

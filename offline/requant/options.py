@@ -7,11 +7,14 @@ from typing import Any
 from requant_kernels.scheme import WeightScheme
 
 from requant.aweq import options as aweq
+from requant.errors import InputError
 from requant.recipe import Recipe, load_recipe, parse_ratio
 from requant.settings import CODEBOOK, TRAINED, Distillation
 
 METHODS = ("requant", "aweq", "rtn")
 BITS = 4  # of a method without --bits
+SHARES = ("outliers", "significant")
+OF_CALIBRATION = ("calibration", "samples", "seqlen", "unreached", "offload_folder", "resume")
 
 
 def recipe_of(given: Mapping[str, Any]) -> Recipe:
@@ -28,7 +31,7 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     changes: dict[str, Any] = {"base": base, "weights": _weights(recipe, base, given)}
     if base in CODEBOOK or (recipe.distillation.rate and base not in TRAINED):
         changes["distillation"] = Distillation()
-    changes |= {name: parse_ratio(given[name]) for name in ("outliers", "significant") if name in given}
+    changes |= {name: parse_ratio(given[name]) for name in SHARES if name in given}
     if "ignore" in given:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
     changes |= {name: given[name] for name in ("target_bits", "mixed", "quantize_lm_head", "seed") if name in given}
@@ -36,7 +39,20 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     calibration = {name: given[name] for name in ("samples", "seqlen", "unreached") if name in given}
     if "calibration" in given:
         calibration["text"] = given["calibration"]
-    return replace(recipe, calibration=replace(recipe.calibration, **calibration), **changes)
+    made = replace(recipe, calibration=replace(recipe.calibration, **calibration), **changes)
+    _refuse_unused(made, given)
+    return made
+
+
+def _refuse_unused(recipe: Recipe, given: Mapping[str, Any]) -> None:
+    """``recipe``: what all of ``given`` makes."""
+    if recipe.target_bits is not None:
+        for name in (one for one in SHARES if one in given):
+            raise InputError(f"--{name}: with target bits the share follows from them; leave one of the two out")
+    if not recipe.calibrated:
+        for name in (one for one in OF_CALIBRATION if given.get(one)):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: this recipe takes no calibration text; leave it out, or choose another base")
 
 
 def _preset(method: str, bits: int) -> str:

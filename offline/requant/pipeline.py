@@ -33,6 +33,7 @@ from requant.report import ROUTER, LayerRow, Report, Totals
 from requant.sensitivity.store import Stores, offloaded
 from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
+from requant.validation import defects
 from requant.versions import producer
 
 REPORT_FILE = "requant_report.json"
@@ -90,6 +91,8 @@ def run(
             calibration=calibrated.summary() if calibrated else None,
         )
         _write_metadata(source, network, scheme, report, folder)
+        if defect := next(defects(folder, contents=False), None):  # ours: nobody is to serve it
+            raise RuntimeError(f"the checkpoint that was made is not sound: {defect}")
     if resume:
         shutil.rmtree(folder_of(out), ignore_errors=True)
     return report

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -46,6 +46,7 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
             packed.setdefault(chosen.weights.group_size, {})[name] = linears[name].in_features
     if not any(schemes.values()) and not recipe.quantize_lm_head:
         raise InputError("ignore: leaves no layer to quantize")
+    _refuse_entries_without_a_place(recipe, schemes.values())
     for group_size, in_features in packed.items():
         _refuse_shapes(in_features, group_size)
     if split := split_fused(scheme, model):
@@ -60,6 +61,15 @@ def fitted(scheme: CheckpointScheme, layers: Mapping[str, LayerScheme]) -> Check
     default = max(counts, key=counts.__getitem__)
     others = {one: [re.escape(name) for name in layers if layers[name] == one] for one in counts if one != default}
     return replace(scheme, scheme=default, overrides={"|".join(names): one for one, names in others.items()})
+
+
+def _refuse_entries_without_a_place(recipe: Recipe, schemes: Iterable[LayerScheme | None]) -> None:
+    asked = [name for name in ("target_bits", "outliers", "significant") if getattr(recipe, name)]
+    if asked and not any(scheme and scheme.sparse for scheme in schemes):
+        raise InputError(
+            f"{asked[0]}: no layer to quantize can have a sparse part, which W8A8 layers and the output head never "
+            f"have; {'leave it out' if asked[0] == 'target_bits' else 'set it to 0'}"
+        )
 
 
 def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:

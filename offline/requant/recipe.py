@@ -26,6 +26,7 @@ from requant.settings import (
     Training,
     part_from_dict,
 )
+from requant.texts import read_text
 
 DEFAULT = "rtn-w4"
 MAX_OUTLIERS = 0.1  # beyond it, CSR costs more than a wider dense part gains
@@ -174,6 +175,8 @@ class Recipe:
         if self.selection.sensitivity not in ADDITIVE:
             predicting = " or ".join(ADDITIVE)
             raise InputError(f"recipe: target_bits needs sensitivity {predicting}, not {self.selection.sensitivity!r}")
+        if self.selection.restore:
+            raise InputError("recipe: target_bits leaves nothing for selection.restore to add; leave one of them out")
 
     @property
     def calibrated(self) -> bool:
@@ -245,7 +248,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         where, path = str(name_or_path), Path(name_or_path)
         if not path.is_file():
             raise InputError(f"recipe {where!r}: no such file, and not one of the presets: {', '.join(shipped)}")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path).content
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -59,6 +59,8 @@ class Calibration:
     unreached: Unreached = "refuse"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise InputError(f"calibration: text {self.text!r} is not the name of a file, {BUILTIN!r} or 'wikitext2'")
         if self.unreached not in get_args(Unreached):
             raise InputError(
                 f"calibration: unreached {self.unreached!r} is not one of {', '.join(get_args(Unreached))}"

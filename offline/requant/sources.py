@@ -116,8 +116,10 @@ def refuse_unusable(source: Source) -> None:
     names = source.raw.get("architectures") or []
     if names and not any(str(name).endswith("ForCausalLM") for name in names):
         raise InputError(f"{source.folder}: not a causal language model, but {', '.join(map(str, names))}")
-    if "quantization_config" in source.raw:
-        method = dict(source.raw["quantization_config"] or {}).get("quant_method", "an unnamed method")
+    quantization = source.raw.get("quantization_config")
+    if quantization is not None:
+        named = quantization if isinstance(quantization, dict) else {}
+        method = named.get("quant_method", "an unnamed method")
         raise InputError(f"{source.folder}: its weights are already quantized ({method}); start from the original")
 
 

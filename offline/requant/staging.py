@@ -10,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from requant.errors import InputError
@@ -29,17 +29,18 @@ def staged(out: Path, *, overwrite: bool = False, source: Path | None = None) ->
     partial, replaced = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.replaced")
     if source is not None:
         _refuse_overlap(out, source)
-    _recover(out, replaced)
-    _refuse_existing(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = _acquire(partial, out)
     try:
+        _recover(out, replaced)
+        _refuse_existing(out, overwrite)
         for leftover in partial.iterdir():
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield partial
         _publish(partial, out, replaced)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if _same(lock, partial):  # once it is renamed, another run may have made its own
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise InputError(f"{out}: can not be written ({error.strerror})") from None
         raise
@@ -64,10 +65,11 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
 
 
 def _recover(out: Path, replaced: Path) -> None:
-    """Finishes a swap that a killed run left half done."""
+    """Finishes a swap that a killed run left half done; without the lock it might be that of a run that is alive."""
     if replaced.exists():
         if out.exists():
-            shutil.rmtree(replaced)
+            with suppress(FileNotFoundError):  # a run that has just published may be removing it too
+                shutil.rmtree(replaced)
         else:
             replaced.rename(out)
 
@@ -102,6 +104,6 @@ def _publish(partial: Path, out: Path, replaced: Path) -> None:
         except OSError:
             replaced.rename(out)
             raise
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # what stays of it is cleared by the next run
     else:
         partial.rename(out)

@@ -1,11 +1,13 @@
 """A checkpoint folder as it lies on disk, read from headers alone and without trust."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from requant_kernels.errors import CheckpointError, SchemeError
@@ -41,6 +43,11 @@ class StoredTensor:
         return prod(self.shape) * _BYTES.get(self.dtype, 1)
 
 
+def _open(path: Path) -> Any:
+    """Parses the whole header. What is read from it outlives it."""
+    return safe_open(path, framework="pt")
+
+
 @dataclass(frozen=True)
 class StoredCheckpoint:
     """``tensors`` by name, from every file that could be read; ``defects`` of the files that could not, or that
@@ -51,6 +58,7 @@ class StoredCheckpoint:
     scheme: CheckpointScheme
     tensors: dict[str, StoredTensor]
     defects: tuple[Defect, ...]
+    _file: Callable[[Path], Any] = field(default=_open, repr=False, compare=False)
 
     @property
     def dtype(self) -> str | None:
@@ -63,8 +71,15 @@ class StoredCheckpoint:
         return INDEX_FILE if (self.folder / INDEX_FILE).exists() else SINGLE_FILE
 
     def read(self, name: str) -> torch.Tensor:
-        with safe_open(self.folder / self.tensors[name].file, framework="pt") as file:
-            return file.get_tensor(name)
+        """One tensor; whoever wants many reads them within ``opened``."""
+        tensor: torch.Tensor = self._file(self.folder / self.tensors[name].file).get_tensor(name)
+        return tensor
+
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """The same checkpoint for the length of a walk: a file is opened when it is first read from, and stays open."""
+        with ExitStack() as stack:
+            yield replace(self, _file=cache(lambda path: stack.enter_context(self._file(path))))
 
 
 def open_checkpoint(folder: Path) -> StoredCheckpoint:
@@ -96,7 +111,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _scan(folder: Path) -> tuple[dict[str, StoredTensor], list[Defect]]:
     tensors: dict[str, StoredTensor] = {}
     defects: list[Defect] = []
-    declared: dict[str, Any] | None = None
+    twice: list[Defect] = []
+    declared: dict[str, str] | None = None
     if (folder / INDEX_FILE).exists():
         try:
             declared = _weight_map(folder)
@@ -104,7 +120,7 @@ def _scan(folder: Path) -> tuple[dict[str, StoredTensor], list[Defect]]:
             return tensors, [Defect(INDEX_FILE, str(error).removeprefix(f"{INDEX_FILE}: "))]
         defects += _index_defects(folder, declared)
     present = sorted(path.name for path in folder.glob("*.safetensors"))
-    expected = {SINGLE_FILE} if declared is None else {str(file) for file in declared.values()}
+    expected = {SINGLE_FILE} if declared is None else set(declared.values())
     defects += [Defect(file, "no part of this checkpoint by its index") for file in present if file not in expected]
     if declared is None and SINGLE_FILE not in present:
         defects.append(Defect(SINGLE_FILE, f"absent, and so is {INDEX_FILE}"))
@@ -112,23 +128,30 @@ def _scan(folder: Path) -> tuple[dict[str, StoredTensor], list[Defect]]:
         if file not in expected:
             continue
         try:
-            tensors |= dict(_header(folder, file))
+            header = dict(_header(folder, file))
         except (SafetensorError, OSError) as error:
             defects.append(Defect(file, f"not a whole safetensors file ({error})"))
+            continue
+        again = header.keys() & tensors.keys()
+        twice += [Defect(file, f"{name}: in {tensors[name].file} as well") for name in sorted(again)]
+        # of two, the one that the index names
+        tensors |= {
+            name: header[name] for name in header if name not in again or (declared and declared.get(name) == file)
+        }
     if declared is not None:
         defects += _disagreements(declared, tensors, {defect.file for defect in defects})
-    return tensors, defects
+    return tensors, defects + twice
 
 
-def _weight_map(folder: Path) -> dict[str, Any]:
+def _weight_map(folder: Path) -> dict[str, str]:
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_FILE}: no weight_map")
-    return weight_map
+    return {name: str(file) for name, file in weight_map.items()}
 
 
-def _index_defects(folder: Path, weight_map: dict[str, Any]) -> Iterator[Defect]:
-    for file in sorted({str(file) for file in weight_map.values()}):
+def _index_defects(folder: Path, weight_map: dict[str, str]) -> Iterator[Defect]:
+    for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             yield Defect(INDEX_FILE, f"{file!r}: not the plain name of a safetensors file in this folder")
         elif not (folder / file).is_file():
@@ -136,7 +159,7 @@ def _index_defects(folder: Path, weight_map: dict[str, Any]) -> Iterator[Defect]
 
 
 def _disagreements(
-    weight_map: dict[str, Any], tensors: dict[str, StoredTensor], unread: Iterable[str]
+    weight_map: dict[str, str], tensors: dict[str, StoredTensor], unread: Iterable[str]
 ) -> Iterator[Defect]:
     for name, file in weight_map.items():
         found = tensors.get(name)
@@ -149,7 +172,7 @@ def _disagreements(
 
 
 def _header(folder: Path, file: str) -> Iterator[tuple[str, StoredTensor]]:
-    with safe_open(folder / file, framework="pt") as opened:
+    with _open(folder / file) as opened:
         for name in opened.keys():  # noqa: SIM118 - not a mapping
             view = opened.get_slice(name)
             yield name, StoredTensor(file, view.get_dtype(), tuple(view.get_shape()))

@@ -21,6 +21,7 @@ from requant.tensor_parallel import cut_groups, obstacles
 
 _SPELLING = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _FLOATS = {"BF16", "F16", "F32", "F64"}
+_STEPS = ("input_scale", "input_zero_point")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Expected:
         """Raises InputError where config.json describes no model that is supported, SchemeError for an output head that
         is not."""
         architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
-        if stored.dtype not in _SPELLING:
+        dtype = _SPELLING.get(str(stored.dtype))
+        if dtype is None:
             raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
         model = models.skeleton(auto_config(resolve(stored.folder)))
         others, layers = models.stored_shapes(model, architecture), {}
@@ -50,7 +52,7 @@ class Expected:
             name = output_head.stored_name(model.config)
             rows, columns = others.pop(f"{name}.weight")
             layers[name] = (scheme, (rows, columns))
-        return cls(model, layers, others, _SPELLING[stored.dtype])
+        return cls(model, layers, others, dtype)
 
 
 def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = True) -> Iterator[Defect]:
@@ -71,7 +73,8 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
     structural = list(_structure(stored, expected))
     yield from structural
     if contents:
-        yield from _contents(stored, expected, {defect.what.split(":")[0] for defect in structural})
+        with stored.opened() as opened:
+            yield from _contents(opened, expected, {defect.what.split(":")[0] for defect in structural})
 
 
 def remarks(folder: Path, degrees: tuple[int, ...]) -> Iterator[str]:
@@ -120,17 +123,32 @@ def _tensor(
 
 def _contents(stored: StoredCheckpoint, expected: Expected, unreadable: set[str]) -> Iterator[Defect]:
     """What only the numbers show, of every tensor whose name, shape and dtype are as expected."""
+    steps: dict[str, torch.Tensor] = {}  # of inputs, static ones, by the tensor's name
     for layer, (scheme, _) in expected.layers.items():
         names = {f"{layer}.{name}" for name in tensor_names(scheme)}
         if names & unreadable or not names <= stored.tensors.keys():
             continue
         try:
-            read_layer(stored, layer, scheme)
+            tensors = read_layer(stored, layer, scheme).to_tensors()
+            steps |= {f"{layer}.{name}": tensor for name, tensor in tensors.items() if name in _STEPS}
         except CheckpointError as error:
             yield Defect(stored.tensors[str(error).split(":")[0]].file, str(error))
+    yield from _differing_steps(stored, expected.skeleton, steps)
     for name in sorted(expected.others.keys() & stored.tensors.keys() - unreadable):
         if not bool(torch.isfinite(stored.read(name)).all()):
             yield Defect(stored.tensors[name].file, f"{name}: not finite")
+
+
+def _differing_steps(
+    stored: StoredCheckpoint, model: PreTrainedModel, steps: dict[str, torch.Tensor]
+) -> Iterator[Defect]:
+    for members in models.shared_schemes(model, models.ARCHITECTURES[model.config.model_type]):
+        for step in _STEPS:
+            first, *others = [f"{member}.{step}" for member in members]
+            for name in others:
+                if first in steps and name in steps and not torch.equal(steps[first], steps[name]):
+                    what = f"{name}: differs from {first}, but they run as one layer in vLLM and must share one"
+                    yield Defect(stored.tensors[name].file, what)
 
 
 def read_layer(stored: StoredCheckpoint, layer: str, scheme: LayerScheme) -> QuantizedLayer:

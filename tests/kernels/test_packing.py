@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from requant_kernels.packing import pack, packed_length, take_range, unpack
+from requant_kernels.packing import pack, packed_length, spare_bits, take_range, unpack
 
 BITS = st.sampled_from((2, 3, 4, 8))
 
@@ -29,6 +29,15 @@ def test_a_range_of_codes_is_packed_as_if_it_were_alone(bits, length, data):
     start, stop = sorted(data.draw(st.tuples(*(st.one_of(anywhere, borders) for _ in range(2)))))
     codes = torch.randint(0, 1 << bits, (3, length), generator=torch.Generator().manual_seed(length))
     assert torch.equal(take_range(pack(codes, bits), bits, start, stop), pack(codes[:, start:stop], bits))
+
+
+@given(bits=BITS, length=st.integers(1, 130), bit=st.integers(0, 31))
+def test_bits_above_the_last_code_are_seen(bits, length, bit):
+    packed = pack(torch.zeros(3, length, dtype=torch.int64), bits)
+    assert not spare_bits(packed, bits, length).any()
+    packed[1, -1] = torch.tensor(1 << bit).to(torch.int32)
+    used = length * bits - (packed.shape[1] - 1) * 32
+    assert spare_bits(packed, bits, length).tolist() == [0, (1 << bit) >> used, 0]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

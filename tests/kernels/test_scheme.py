@@ -50,7 +50,10 @@ BAD = {
     "scheme no object": ({"scheme": [4]}, "scheme: expected an object"),
     "broken pattern": ({"ignore": ["("]}, "not a regular expression"),
     "broken override": ({"overrides": {"(": {"weights": {"bits": 4}}}}, "not a regular expression"),
+    "endless pattern": ({"ignore": ["a{99999999999999}"]}, "not a regular expression"),
+    "pattern too deep": ({"ignore": ["(" * 10000]}, "not a regular expression"),
     "ignore no list": ({"ignore": "lm_head"}, "ignore: expected a list"),
+    "producer no object": ({"producer": "x"}, "producer: expected an object"),
 }
 
 

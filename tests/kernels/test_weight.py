@@ -143,6 +143,10 @@ TAMPERED = {
     "packed float": (_swap("weight_packed", lambda t: t.float()), "weight_packed: torch.float32"),
     "packed of odd width": (_swap("weight_packed", lambda t: t[:, :3]), "weight_packed: 3 words"),
     "zero points short": (_swap("weight_zero_point", lambda t: t[:4]), "weight_zero_point: shape"),
+    "zero points with a tail": (
+        _swap("weight_zero_point", lambda t: t | 1 << 8),
+        "weight_zero_point: not zero above a row's last code",
+    ),
     "nan correction": (_set("bias_correction", 0, float("nan")), "bias_correction: not finite"),
     "correction of another length": (_swap("bias_correction", lambda t: t[:4]), "bias_correction: shape"),
     "missing": (lambda tensors: tensors.pop("weight_scale"), "weight_scale: missing"),

@@ -96,6 +96,20 @@ def test_an_already_quantized_model(refused, quantized, tmp_path):
     assert "already quantized (gptq)" in refused("eval", folder, "--text", __file__)
 
 
+def test_a_quantization_that_is_no_object(refused, tmp_path):
+    folder = model_folder(tmp_path / "model", model_type="llama", quantization_config="gptq")
+    assert "already quantized (an unnamed method)" in refused("quantize", folder, "-o", tmp_path / "out")
+
+
+def test_a_quantization_of_null_is_none(llama, tmp_path):
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    out = tmp_path / "out"
+    assert main(["quantize", str(model), "-o", str(out), "--group-size", "32"]) == 0
+    assert main(["check", str(out)]) == 0
+
+
 def test_a_group_that_does_not_divide(refused, llama, tmp_path):
     line = refused("quantize", llama, "-o", tmp_path / "out", "--group-size", 128)
     assert line == (
@@ -171,6 +185,27 @@ def test_a_pattern_that_matches_nothing(refused, llama, tmp_path):
 
 def test_a_pattern_that_matches_everything(refused, llama, tmp_path):
     assert refused("quantize", llama, "-o", tmp_path / "out", "--ignore", ".*") == "ignore: leaves no layer to quantize"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        (("--activations", "dynamic", "--significant", "0.1%"), "significant"),
+        (("--activations", "dynamic", "--outliers", "5%"), "outliers"),
+        (("--quantize-lm-head", "--ignore", ".*layers.*", "--base", "gptq", "--significant", "0.1%"), "significant"),
+        (("--quantize-lm-head", "--ignore", ".*layers.*", "--target-bits", "4"), "target_bits"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_sparse_entries_that_no_layer_can_hold(arguments, asked, refused, llama, tmp_path):
+    line = refused("quantize", llama, "-o", tmp_path / "out", *arguments)
+    assert line.startswith(f"{asked}: no layer to quantize can have a sparse part, which W8A8 layers and the output")
+
+
+def test_outliers_at_adaptive_ratios_that_no_layer_can_hold(refused, llama, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("weights: {bits: 8}\nactivations: {mode: dynamic}\noutliers: 1%\nselection: {rule: adaptive}\n")
+    assert refused("quantize", llama, "-o", tmp_path / "out", "--recipe", recipe).startswith("outliers: no layer")
 
 
 def test_a_pattern_that_splits_what_vllm_fuses(refused, llama, tmp_path):

@@ -1,5 +1,7 @@
 """Target bits: costs are those of files, the choice is the best one, and it lands under the target."""
 
+import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -96,8 +98,26 @@ def test_mixed_schemes_are_near_the_best_of_all(target: float) -> None:
     assert found.schemes[1].weights.bits >= found.schemes[2].weights.bits
 
 
+def ends_named(units: list[list[Candidate]], target: float) -> list[float]:
+    """Both ends that the refusal of ``target`` names last."""
+    with pytest.raises(InputError, match=rf"target of {target:g} bits: this model can be stored in about") as refusal:
+        choose(units, 4000 * len(units), target)
+    return [float(number) for number in re.findall(r"\d\.\d\d", str(refusal.value))[-2:]]
+
+
 @pytest.mark.parametrize("target", [1.0, 9.0])
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_target_out_of_reach_names_the_range(target: float, count: int) -> None:
-    with pytest.raises(InputError, match=r"can be stored in about 2\.0. to 4\.0"):
-        choose([unit(0, 1.0)] * count, 4000 * count, target)
+def test_a_target_out_of_reach_names_the_range_with_all_that_the_sparse_part_holds(target: float, count: int) -> None:
+    units = [unit(0, 1.0)] * count
+    ends = ends_named(units, target)
+    assert ends == [2.03, 7.23]  # (4000 * 2 + 100) / 4000; (4000 * 4 + 100 + 400 * 32) / 4000 + SLACK
+    for end in ends:
+        choose(units, 4000 * count, end)
+
+
+def test_a_target_between_two_schemes_names_what_they_reach_next_to_it() -> None:
+    few, many = unit(0, 1.0)[0], replace(unit(0, 1.0)[2], fixed=4000 * 8)
+    ends = ends_named([[few, many]], 6.5)
+    assert ends == [5.23, 8.0]
+    for end in ends:
+        choose([[few, many]], 4000, end)

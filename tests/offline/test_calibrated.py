@@ -4,9 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from requant import api, models
+from requant.calibrated import entries
 from requant.calibrated.run import CalibratedRun
 from requant.calibrated.subject import Subject
 from requant.calibration import Windows
+from requant.detach.choice import Budget, choose
 from requant.errors import InputError
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
@@ -98,6 +100,20 @@ def test_outliers_and_significant_weights_add_up(model: nn.Module, rule: str) ->
     entries = sum(layer.sparse.nnz for layer in calibrated.layers.values())
     assert entries == pytest.approx(0.005 * total, rel=0.01)
     assert len(calibrated.integrals) == 2
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "quartiles"])
+def test_outliers_that_no_rounding_decides_wait_for_none(model: nn.Module, rule: str, monkeypatch) -> None:
+    """They are those that lie beside significant weights, under a rounding that these do wait for."""
+    subject = run_of(model, Recipe(UNIFORM, "clip", outliers=0.004, selection=Selection(rule))).subject
+    samples = windows(2).ids
+    rounded, _ = choose(
+        subject.path(rounded=True), samples, Budget(0.004, 0.0), subject.recipe.selection, subject.first_rounded
+    )
+    monkeypatch.setattr(Subject, "path", lambda *_, **__: pytest.fail("a path is built"))
+    masks, _ = entries.choice(subject, samples)
+    assert masks.keys() == rounded.keys()
+    assert all(torch.equal(mask, rounded[name]) for name, mask in masks.items())
 
 
 def test_awq_changes_the_model_but_not_its_function(micro_llama: Path, model: nn.Module) -> None:

@@ -105,6 +105,17 @@ def not_json(name: str) -> Tamper:
     return lambda folder: (folder / name).write_text("{") and None
 
 
+def stored_twice(named: int, other: int) -> Tamper:
+    """A tensor of the shard that is number ``named``, where the index has it, in the shard ``other`` too."""
+
+    def tamper(folder: Path) -> None:
+        shards = sorted(folder.glob("*.safetensors"))
+        name, tensor = next(iter(load_file(shards[named]).items()))
+        save_file(load_file(shards[other]) | {name: tensor}, shards[other], metadata={"format": "pt"})
+
+    return tamper
+
+
 SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 DEFECTS = {
     "column out of range": (
@@ -159,12 +170,18 @@ DEFECTS = {
         edit_tensor(f"{DOWN}.weight_packed", lambda packed: packed.to(torch.int64)),
         rf"{SHARD}: {DOWN}.weight_packed: torch.int64 \[64, 16\], not int32",
     ),
+    "zero points with a tail": (
+        edit_tensor(f"{DOWN}.weight_zero_point", lambda words: words | 1 << 30),
+        rf"{SHARD}: {DOWN}.weight_zero_point: not zero above a row's last code",
+    ),
     "an embedding is infinite": (
         edit_tensor("model.embed_tokens.weight", put(5, float("inf"))),
         rf"{SHARD}: model.embed_tokens.weight: not finite",
     ),
     "a tensor is missing": (drop_tensor, rf"{INDEX}: {DOWN}.weight_scale: missing"),
     "a tensor too many": (add_tensor, rf"{SHARD}: {DOWN}.g_idx: not expected in this model"),
+    "a tensor twice, named first": (stored_twice(0, -1), rf"{SHARD}: model\.\S+: in model-00001-of-\d+\S+ as well"),
+    "a tensor twice, named last": (stored_twice(-1, 0), rf"{SHARD}: model\.\S+: in model-00001-of-\d+\S+ as well"),
     "a truncated shard": (truncate, rf"{SHARD}: not a whole safetensors file"),
     "a shard of garbage": (garbage, rf"{SHARD}: not a whole safetensors file"),
     "an absent shard": (remove_shard, rf"{INDEX}: {SHARD}: named here, but absent"),
@@ -175,6 +192,10 @@ DEFECTS = {
         rf"{INDEX}: '\.\./model\.safetensors': not the plain name",
     ),
     "a pickle in the index": (send_to("model.bin"), rf"{INDEX}: 'model\.bin': not the plain name"),
+    "a list in the index": (
+        edit_json(INDEX, lambda index: index["weight_map"].update({"x.weight": ["model.bin"]})),
+        rf"{INDEX}: .*model\.bin.*: not the plain name",
+    ),
     "a number in the index": (edit_json(INDEX, lambda index: index.update(weight_map=3)), rf"{INDEX}: no weight_map"),
     "an index that is no JSON": (not_json(INDEX), rf"{INDEX}: not JSON"),
     "a config that is no JSON": (not_json("config.json"), r"config\.json: not JSON"),
@@ -208,6 +229,8 @@ DEFECTS = {
     ),
     "a nonsensical width": (edit_config(hidden_size="wide"), r"config\.json: .*hidden_size"),
     "an unknown architecture": (edit_config(model_type="gpt2"), r"config\.json: architecture 'gpt2' is not supported"),
+    "a producer that is none": (edit_scheme(producer="x"), r"config\.json: producer: expected an object"),
+    "a list of dtypes": (edit_config(dtype=["bfloat16"]), r"config\.json: dtype: \['bfloat16'\] is not one of"),
     "another dtype": (edit_config(dtype="int8"), r"config\.json: dtype: 'int8' is not one of"),
 }
 
@@ -224,6 +247,46 @@ def test_each_defect_is_named_and_nothing_loads(tamper, expected, checkpoint):
     with pytest.raises(CheckpointError) as refusal:
         api.load_quantized(checkpoint)
     assert str(refusal.value) == lines[0]
+
+
+@pytest.fixture
+def static(llama, tmp_path) -> Path:
+    """A W8A8 checkpoint with one static, asymmetric step for the inputs of every layer."""
+    out = tmp_path / "static"
+    recipe = Recipe.from_dict({"weights": {"bits": 8}, "activations": {"mode": "dynamic", "symmetric": False}})
+    api.quantize(llama, out, recipe)
+    edit_json(
+        "config.json", lambda config: config["quantization_config"]["scheme"]["activations"].update(dynamic=False)
+    )(out)
+    tensors = load_file(out / "model.safetensors")
+    layers = [name.removesuffix("weight_scale") for name in tensors if name.endswith(".weight_scale")]
+    tensors |= {f"{layer}input_scale": torch.full((1,), 0.5, dtype=torch.bfloat16) for layer in layers}
+    tensors |= {f"{layer}input_zero_point": torch.full((1,), 3, dtype=torch.int8) for layer in layers}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changed", "first"),
+    [
+        ("self_attn.v_proj.input_scale", "self_attn.q_proj.input_scale"),
+        ("self_attn.k_proj.input_zero_point", "self_attn.q_proj.input_zero_point"),
+        ("mlp.up_proj.input_scale", "mlp.gate_proj.input_scale"),
+    ],
+)
+def test_static_steps_of_layers_that_run_as_one_must_be_the_same(changed, first, static):
+    assert api.check(static) == []
+    tensors = load_file(static / "model.safetensors")
+    tensors[f"model.layers.1.{changed}"] += 1
+    tensors["model.layers.1.mlp.down_proj.input_scale"] += 1  # runs alone
+    save_file(tensors, static / "model.safetensors", metadata={"format": "pt"})
+    [defect] = api.check(static)
+    assert str(defect) == (
+        f"model.safetensors: model.layers.1.{changed}: differs from model.layers.1.{first}, "
+        "but they run as one layer in vLLM and must share one"
+    )
+    with pytest.raises(CheckpointError, match="must share one"):
+        api.load_quantized(static)
 
 
 def test_two_defects_are_two_lines(checkpoint):

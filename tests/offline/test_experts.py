@@ -127,7 +127,7 @@ def test_on_request_it_is_rounded_to_nearest_and_named(starved, tmp_path, capsys
     assert line in capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "gptq" / REPORT_FILE).read_text())
     assert report["calibration"]["unreached"] == STARVED
-    assert main([*arguments, str(tmp_path / "rtn"), "--method", "rtn"]) == 0
+    assert main(["quantize", str(starved), "-o", str(tmp_path / "rtn"), "--group-size", "32"]) == 0
     gptq, rtn = (load_file(tmp_path / name / "model.safetensors") for name in ("gptq", "rtn"))
     same = {name.removesuffix(".weight_packed") for name, one in gptq.items() if torch.equal(one, rtn[name])}
     assert same & set(report_layers(report)) == set(STARVED)

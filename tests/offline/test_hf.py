@@ -1,10 +1,16 @@
 """transformers itself loads a checkpoint once requant.hf is imported."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import requant.hf
 import torch
 from requant import api
+from requant.stored import Defect
+from requant.validation import defects
 from requant_kernels.errors import CheckpointError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -23,6 +29,28 @@ def test_the_loaded_model_is_an_ordinary_one(quantized, tmp_path):
     assert not hasattr(again.config, "quantization_config")
     for name, parameter in model.named_parameters():
         assert torch.equal(again.get_parameter(name), parameter), name
+
+
+def test_a_checkpoint_is_checked_once_whoever_loads_it(quantized, monkeypatch):
+    checked = []
+
+    def counting(folder: Path) -> Iterator[Defect]:
+        checked.append(folder)
+        return defects(folder)
+
+    monkeypatch.setattr(requant.hf, "defects", counting)
+    api.load_quantized(quantized)
+    AutoModelForCausalLM.from_pretrained(quantized)  # not that what was sound once is taken to be so for ever
+    assert checked == [quantized, quantized]
+
+
+def test_transformers_refuses_a_defect_of_contents_before_it_loads(checkpoint):
+    file = sorted(checkpoint.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.down_proj.weight_scale"][0, 0] = -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight_scale: not positive"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
 
 
 def test_a_checkpoint_that_is_not_one_is_refused(llama):

@@ -70,3 +70,35 @@ def test_target_bits_start_from_the_preset_below_them():
     for bits in (0.5, float("nan"), float("inf")):
         with pytest.raises(InputError, match=rf"target_bits {bits} is not a number from 1 to 16"):
             recipe_of({"target_bits": bits})
+
+
+@pytest.mark.parametrize("share", ["outliers", "significant"])
+def test_a_share_beside_target_bits_is_refused(share):
+    with pytest.raises(InputError, match=f"--{share}: with target bits the share follows from them"):
+        recipe_of({"target_bits": 3.5, share: "0.1%"})
+
+
+def test_a_preset_and_a_grid_go_with_target_bits():
+    """The grid is where the path of the sensitivities ends."""
+    found = recipe_of({"target_bits": 3.5, "bits": 2, "group_size": 32})
+    assert found == replace(load_recipe("requant-w2"), target_bits=3.5, weights=WeightScheme(2, 32, symmetric=False))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"calibration": "prose.txt"},
+        {"samples": 8},
+        {"seqlen": 64},
+        {"unreached": "rtn"},
+        {"offload_folder": "scratch"},
+        {"resume": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_is_of_calibration_is_refused_without_it(given):
+    name = next(iter(given)).replace("_", "-")
+    with pytest.raises(InputError, match=f"--{name}: this recipe takes no calibration text; leave it out"):
+        recipe_of(given | {"method": "rtn", "outliers": "0.5%"})
+    recipe_of(given | {"method": "rtn", "significant": "0.5%"})
+    recipe_of({"resume": False})  # the command's own default

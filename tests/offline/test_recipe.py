@@ -37,7 +37,12 @@ def test_a_file_is_a_recipe_too(tmp_path):
             "weights: {bits: 4, codebook: true}\nbase: kmeans\nequalization: {range: minmax}",
             "equalization is for uniform steps, not for the codebooks of base 'kmeans'",
         ),
+        (
+            "weights: {bits: 4}\ntarget_bits: 4.5\nselection: {restore: true}",
+            "target_bits leaves nothing for selection.restore to add; leave one of them out",
+        ),
         ("weights: {bits: 4}\nseed: x", "seed 'x' is not an integer"),
+        ("weights: {bits: 4}\ncalibration: {text: 5}", "calibration: text 5 is not the name of a file"),
         ("weights: {bits: 4", "not YAML"),
     ],
 )
@@ -45,6 +50,13 @@ def test_what_is_wrong_is_named(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises((InputError, SchemeError), match=message):
+        load_recipe(path)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_text("# f\u00fcr uns\nweights: {bits: 4}\n", encoding="latin-1")
+    with pytest.raises(InputError, match=r"latin\.yaml: not UTF-8 .byte 3."):
         load_recipe(path)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from requant import api
+from requant import api, staging
 from requant.errors import InputError
 from requant.recipe import Recipe
 from requant.staging import staged
@@ -100,6 +100,68 @@ def test_two_runs_do_not_write_one_folder(tmp_path):
     ):
         pass
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "refusal", "left"),
+    [("out", "another run is writing it", "new"), (".out.partial", None, "newer")],
+    ids=["before the new one is in place", "before the old one is removed"],
+)
+def test_a_run_that_starts_amid_the_swap_of_another_does_not_disturb_it(step, refusal, left, tmp_path, monkeypatch):
+    with staged(tmp_path / "out") as folder:
+        write(folder, "old")
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        result = rename(path, target)
+        if path.name == step:
+            monkeypatch.setattr(Path, "rename", rename)
+            try:
+                with staged(tmp_path / "out", overwrite=True) as other:
+                    write(other, "newer")
+            except InputError as error:
+                refusals.append(str(error))
+        return result
+
+    refusals: list[str] = []
+    with staged(tmp_path / "out", overwrite=True) as folder:
+        write(folder, "new")
+        monkeypatch.setattr(Path, "rename", renamed)
+    assert refusals == ([f"{tmp_path / 'out'}: {refusal}"] if refusal else [])
+    assert (tmp_path / "out" / "config.json").read_text() == left
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_failure_after_publishing_leaves_the_folder_of_the_next_run_alone(tmp_path, monkeypatch):
+    next_run = staged(tmp_path / "out", overwrite=True)
+
+    def published(*_: object) -> None:
+        (tmp_path / ".out.partial").rename(tmp_path / "out")
+        next_run.__enter__()
+        raise OSError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "_publish", published)
+        with pytest.raises(OSError, match="gone"), staged(tmp_path / "out") as folder:
+            write(folder, "new")
+    write(tmp_path / ".out.partial", "newer")
+    next_run.__exit__(None, None, None)
+    assert (tmp_path / "out" / "config.json").read_text() == "newer"
+
+
+def test_a_run_that_finished_meanwhile_is_not_replaced_unless_told_otherwise(tmp_path, monkeypatch):
+    acquire = staging._acquire
+
+    def late(partial: Path, out: Path) -> int:
+        out.mkdir()
+        write(out, "first")
+        return acquire(partial, out)
+
+    monkeypatch.setattr(staging, "_acquire", late)
+    with pytest.raises(InputError, match="exists"), staged(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "config.json").read_text() == "first"
+    assert names(tmp_path) == {"out"}
 
 
 def test_a_swap_that_was_cut_short_is_finished(tmp_path):

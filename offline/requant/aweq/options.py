@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from requant.recipe import Recipe
+from requant.aweq.settings import Mode
+from requant.errors import InputError
+from requant.recipe import Override, Recipe
 
 
 def preset(given: Mapping[str, Any]) -> str | None:
@@ -20,10 +22,21 @@ def changes(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``recipe``. Keys of ``given`` are the names of options; those that were not given are absent."""
     found: dict[str, Any] = {}
     if "activations" in given:
-        found["activations"] = replace(recipe.activations, mode=given["activations"])
+        mode = given["activations"]
+        found["activations"] = recipe.activations.with_mode(mode)
+        found["overrides"] = {pattern: _with_mode(one, mode) for pattern, one in recipe.overrides.items()}
     ranges = {name: given[option] for option, name in (("equalize", "range"), ("alpha", "alpha")) if option in given}
     if ranges:
         found["equalization"] = replace(recipe.equalization, **ranges)
+        if "alpha" in given and not found["equalization"].wanted:
+            raise InputError("--alpha: nothing is equalized; add --equalize minmax or absmax, or leave it out")
     if "bias_correction" in given:
         found["bias_correction"] = given["bias_correction"]
     return found
+
+
+def _with_mode(override: Override, mode: Mode) -> Override:
+    """Layers whose inputs the recipe leaves alone stay so; weights stay as they are in any case."""
+    return (
+        replace(override, activations=override.activations.with_mode(mode)) if override.activations.scheme else override
+    )

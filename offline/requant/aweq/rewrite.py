@@ -13,7 +13,7 @@ from requant.models import Architecture, Pair
 
 @dataclass(frozen=True)
 class Rewriter:
-    """The pairs of one architecture. ``dtype``: in which the model stores its norms and biases."""
+    """The pairs of one architecture. ``dtype``: in which the model stores its parameters."""
 
     pairs: tuple[Pair, ...]
     norm_offset: float
@@ -51,7 +51,7 @@ class Rewriter:
     def apply(self, block: nn.Module, pair: Pair, scale: torch.Tensor) -> None:
         """Divides and multiplies the parameters of ``block``, which are fp32, in place; ``scale`` fp32 [C] > 0.
 
-        Raises ValueError for a scale that is not positive and finite.
+        Raises ValueError for a scale that is not positive and finite, and where a parameter leaves the model's dtype.
         """
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(f"{pair.producer}: an equalization scale is zero or not finite")
@@ -66,6 +66,12 @@ class Rewriter:
         columns = self.columns(block, pair, scale)
         for name in pair.consumers:
             _weight(block, name).mul_(columns)
+        for name in (pair.producer, *pair.consumers):
+            if any(not _holds(self.dtype, parameter) for parameter in block.get_submodule(name).parameters()):
+                raise ValueError(
+                    f"{name}: equalization takes it beyond what {str(self.dtype).removeprefix('torch.')} can hold; "
+                    "use --equalize none, or another base than awq"
+                )
 
     def columns(self, block: nn.Module, pair: Pair, scale: torch.Tensor) -> torch.Tensor:
         """``scale`` [C] at each input column of the pair's consumers [K]."""
@@ -83,6 +89,10 @@ class Rewriter:
         # a channel that the norm switches off, or that rounds to nothing, stays as it was
         weight.copy_(torch.where(same_sign, weight, before - self.norm_offset))
         return torch.where(same_sign, before / after, torch.ones_like(scale))
+
+
+def _holds(dtype: torch.dtype, parameter: torch.Tensor) -> bool:
+    return bool((parameter.detach().abs() <= torch.finfo(dtype).max).all())
 
 
 def _weight(block: nn.Module, name: str) -> torch.Tensor:

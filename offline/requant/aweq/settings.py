@@ -1,6 +1,6 @@
 """What AWEQ can be told: plain validated data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from requant_kernels.scheme import ActivationScheme
@@ -42,7 +42,7 @@ class Activations:
     """mode: whether inputs are rounded to int8, with a step for each token or one for all. range: how static steps are
     found (static_range.py). limit: by how much more than dynamic steps they may change the block's output (error.py); a
     layer that exceeds it is made dynamic, and the report says so. per_tensor: one step for the whole weight instead of
-    one for each row."""
+    one for each row, where inputs are rounded."""
 
     mode: Mode = "none"
     symmetric: bool = True
@@ -58,6 +58,12 @@ class Activations:
                 raise InputError(f"activations: {name} {getattr(self, name)!r} is not true or false")
         if type(self.limit) not in (int, float) or not self.limit >= 0:
             raise InputError(f"activations: limit {self.limit!r} is not a number of at least 0")
+        if self.per_tensor and self.mode == "none":
+            raise InputError("activations: per_tensor is of W8A8, which mode 'none' is not; leave it out, or set mode")
+
+    def with_mode(self, mode: Mode) -> "Activations":
+        """'none' rounds no input, so that nothing is left for ``per_tensor`` to say."""
+        return replace(self, mode=mode, per_tensor=self.per_tensor and mode != "none")
 
     @property
     def scheme(self) -> ActivationScheme | None:

@@ -116,16 +116,19 @@ class Settler:
 
     def _with_input_steps(self, layers: Layers, x: torch.Tensor, weights: torch.Tensor) -> tuple[Layers, Note]:
         """Layers that share their input x [T, K] share its step; where it costs too much, all become dynamic."""
-        importance = torch.stack([dequantize(layer).square().sum(0) for layer in layers.values()]).sum(0)
         name, first = next(iter(layers.items()))
         settings = self.settings[name]
+        importance = None
+        if settings.range == "mse":  # as large as x
+            columns = torch.stack([dequantize(layer).square().sum(0) for layer in layers.values()]).sum(0)
+            importance = torch.outer(weights, columns)
         try:
             steps = static_range(
                 x,
                 settings.range,
                 symmetric=settings.symmetric,
                 dtype=first.dtype,
-                weights=torch.outer(weights, importance),
+                weights=importance,
             )
         except ValueError as error:
             raise InputError(f"{name}: {error}; calibrate on more, or other, text") from None

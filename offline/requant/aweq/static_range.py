@@ -8,6 +8,7 @@ import torch
 from requant.aweq.settings import RangeMethod
 
 PERCENTILE = 0.9999  # of all values of the tensor, at each end
+ROWS = 256  # of x whose float64 copies are made at a time
 SHRINKS = torch.logspace(0, -3, 181, dtype=torch.float64)  # of the min-max range that the MSE search tries
 
 
@@ -73,13 +74,14 @@ class _Magnitudes:
     @classmethod
     def of(cls, x: torch.Tensor, weights: torch.Tensor | None) -> tuple[Self, Self]:
         """(negative, positive)."""
-        values = x.float().contiguous()
-        bins = (values.flatten().view(torch.int32) >> 16) & 0xFFFF
-        weight = (torch.ones_like(values) if weights is None else weights.expand_as(values)).flatten().double()
-        magnitude = values.flatten().abs().double()
-        sums = torch.stack(
-            [torch.bincount(bins, weight * magnitude**power, minlength=1 << 16).cpu() for power in range(3)]
-        )
+        sums = torch.zeros(3, 1 << 16, dtype=torch.float64, device=x.device)
+        whole = x.new_ones(1) if weights is None else weights
+        for values, weight in zip(torch.split(x, ROWS), torch.split(whole.expand_as(x), ROWS), strict=True):
+            bins = (values.float().contiguous().flatten().view(torch.int32) >> 16) & 0xFFFF
+            magnitude, weighed = values.flatten().abs().double(), weight.flatten().double()
+            for power in range(3):
+                sums[power].index_add_(0, bins, weighed * magnitude**power)
+        sums = sums.cpu()
         # the first half of the bins has the sign bit clear; infinities and NaN would follow after 0x7F80
         edges = (torch.arange(1 << 15, dtype=torch.int32) << 16).view(torch.float32).double()[:0x7F80]
         positive, negative = sums.view(3, 2, 1 << 15)[:, :, :0x7F80].unbind(1)

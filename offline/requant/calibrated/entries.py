@@ -9,7 +9,7 @@ from requant_kernels.scheme import LayerScheme
 from requant import models
 from requant.calibrated.subject import Masks, Samples, Subject
 from requant.detach import significant
-from requant.detach.choice import Budget, choose
+from requant.detach.choice import Budget, by_weights, choose
 from requant.quantizers.bases import FixedRounding, Rounding
 from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness
@@ -34,6 +34,8 @@ def _of_given_shares(subject: Subject, samples: Samples) -> tuple[Masks, list[Co
     budget = Budget(recipe.outliers, 0.0 if recipe.selection.restore else recipe.significant)
     if not budget.outliers and not budget.significant:
         return {}, []
+    if not budget.significant and recipe.selection.rule != "adaptive":
+        return by_weights(subject.sparse_weights, budget.outliers, recipe.selection.rule), []
     path = subject.path(rounded=True)
     return choose(path, samples, budget, recipe.selection, subject.first_rounded, seed=recipe.seed)
 

@@ -43,6 +43,11 @@ class Subject:
     def blocks(self) -> list[nn.Module]:
         return [block for _, block in models.blocks(self.network, self.architecture)]
 
+    @property
+    def sparse_weights(self) -> dict[str, torch.Tensor]:
+        """Of the layers with a sparse part, where the network is, by full name."""
+        return {name: one.weight.detach() for name, one in self.linears.items() if self.schemes[name].sparse}
+
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
         """Mean next-token cross-entropy; ids: int64 [B, T]."""
         return self.network(input_ids=ids, labels=ids, use_cache=False).loss

@@ -13,7 +13,7 @@ from requant.detach import outliers, significant
 from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness, Path
 from requant.sensitivity.selection import mask_of
-from requant.settings import Selection
+from requant.settings import OutlierRule, Selection
 
 HELD_OUT = 4  # one in so many samples judges the exponents of Algorithm 1
 
@@ -46,8 +46,9 @@ def choose(
     integrals: list[Completeness] = []
     if budget.outliers:
         masks = _outliers(path, samples, budget.outliers, selection, rounded)
-        _requantize(path, masks, rounded)
     if budget.significant:
+        if budget.outliers:
+            _requantize(path, masks, rounded)
         found = significant.select(
             path,
             samples,
@@ -64,13 +65,19 @@ def choose(
     return masks, integrals
 
 
+def by_weights(weights: outliers.Weights, ratio: float, rule: OutlierRule) -> dict[str, torch.Tensor]:
+    """By any rule but 'adaptive', which is the only one that a rounding decides; weights: fp32 [N, K] by name, on any
+    device. Masks bool [N, K] on the CPU, where weights come one by one."""
+    if rule == "quartiles":
+        return outliers.beyond_quartiles(weights, ratio)
+    return {name: outliers.largest(weight.cpu(), ratio) for name, weight in weights.items()}
+
+
 def _outliers(
     path: Path, samples: Sequence[torch.Tensor], ratio: float, selection: Selection, rounded: Rounder
 ) -> dict[str, torch.Tensor]:
-    if selection.rule == "magnitude":
-        return {name: outliers.largest(weight, ratio) for name, weight in path.start.items()}
-    if selection.rule == "quartiles":
-        return outliers.beyond_quartiles(path.start, ratio)
+    if selection.rule != "adaptive":
+        return by_weights(path.start, ratio, selection.rule)
     held, seen = samples[::HELD_OUT], [sample for i, sample in enumerate(samples) if i % HELD_OUT]
     means = Sensitivity.of(selection, "pqi").measure(path, seen).means()
 

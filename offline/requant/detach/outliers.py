@@ -34,7 +34,8 @@ def largest(weight: torch.Tensor, ratio: float) -> torch.Tensor:
 
 def beyond_quartiles(weights: Weights, ratio: float) -> Masks:
     """SqueezeLLM's rule (arXiv 2306.07629, section 4.2): entries outside [Q1 - c IQR, Q3 + c IQR] of their own matrix,
-    with the one c that makes exactly round(ratio * all entries) of them. Masks bool [N, K] by name."""
+    with the one c that makes exactly round(ratio * all entries) of them. Masks bool [N, K] by name, on the CPU
+    wherever the weights are."""
     total = sum(weight.numel() for weight in weights.values())
 
     def excess(weight: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,9 @@ def beyond_quartiles(weights: Weights, ratio: float) -> Masks:
         low, high = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
         return torch.maximum(low - weight, weight - high) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
 
-    chosen = top_k(lambda: ((name, excess(weight.float())) for name, weight in weights.items()), round(ratio * total))
+    chosen = top_k(
+        lambda: ((name, excess(weight.float().cpu())) for name, weight in weights.items()), round(ratio * total)
+    )
     return {name: mask_of(index, weights[name].shape) for name, index in chosen.items()}
 
 

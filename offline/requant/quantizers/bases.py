@@ -41,7 +41,8 @@ class Task:
 
 
 class FixedRounding(nn.Module):
-    """A finished result with the face of LearnedRounding; ``target`` fp32 [N, K] holds what excluded entries keep."""
+    """A finished result with the face of LearnedRounding; ``target`` fp32 [N, K] holds what excluded entries keep, as
+    far as residuals in the model's dtype can."""
 
     def __init__(self, dense: QuantizedDense, target: torch.Tensor, excluded: torch.Tensor | None) -> None:
         super().__init__()
@@ -49,9 +50,14 @@ class FixedRounding(nn.Module):
         self.excluded = excluded
 
     def forward(self, _original: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 [N, K]: what the stored layer will decode to."""
         dense, target = self.result
         decoded = dense.dequantize()
-        return decoded if self.excluded is None else torch.where(self.excluded, target, decoded)
+        if self.excluded is None:
+            return decoded
+        values = dense.codebook if dense.scale is None else dense.scale
+        assert values is not None
+        return torch.where(self.excluded, decoded + (target - decoded).to(values.dtype), decoded)
 
     def quantized(self) -> tuple[QuantizedDense, torch.Tensor]:
         return self.result

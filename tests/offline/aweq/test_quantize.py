@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from requant import api, cli
 from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
@@ -137,6 +138,8 @@ def test_what_does_not_go_together_is_refused(changes, message):
         ("activations: {range: best}", "range 'best' is not one of minmax, percentile, mse"),
         ("activations: {symmetric: 1}", "symmetric 1 is not true or false"),
         ("activations: {limit: -1}", "limit -1 is not a number of at least 0"),
+        ("activations: {per_tensor: true}", "per_tensor is of W8A8, which mode 'none' is not"),
+        ("overrides: {a: {activations: {per_tensor: true}}}", "per_tensor is of W8A8, which mode 'none' is not"),
         ("activations: dynamic", r"activations: expected a mapping \(known keys: mode"),
         ("overrides: [a]", r"overrides \['a'\] is not a mapping"),
         ("overrides: {a: {bits: 4}}", "a: expected a mapping with the keys weights and activations"),
@@ -176,6 +179,32 @@ def test_an_override_that_matches_nothing_is_refused(tiny, tmp_path):
 def test_what_options_mean(options, expected):
     arguments = vars(cli._parser().parse_args(["quantize", "MODEL", "-o", "OUT", *options]))
     assert recipe_of({name: value for name, value in arguments.items() if value is not None}) == expected
+
+
+MIXED = Recipe(
+    W8A8_WEIGHTS,
+    activations=Activations("dynamic", per_tensor=True),
+    overrides={
+        "lopsided": Override(activations=Activations("dynamic", symmetric=False, per_tensor=True)),
+        "few bits": Override(WeightScheme(4, 32)),
+    },
+)
+
+
+@pytest.mark.parametrize("mode", ["static", "none"])
+def test_a_mode_of_the_command_line_is_that_of_every_rounded_input(mode, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MIXED.to_dict()))
+    found = recipe_of({"recipe": path, "activations": mode})
+    kept = {"mode": mode, "per_tensor": mode != "none"}
+    assert found.activations == Activations(**kept)
+    assert found.overrides == MIXED.overrides | {"lopsided": Override(activations=Activations(symmetric=False, **kept))}
+
+
+@pytest.mark.parametrize("given", [{}, {"recipe": "aweq-w8a8", "equalize": "none"}], ids=["no range", "range none"])
+def test_an_alpha_of_no_equalization_is_refused(given):
+    with pytest.raises(InputError, match="--alpha: nothing is equalized; add --equalize minmax or absmax"):
+        recipe_of(given | {"alpha": 0.5})
 
 
 def test_the_command_says_what_was_decided(tiny, tmp_path, capsys):

@@ -94,6 +94,12 @@ def test_a_layer_that_static_steps_cost_too_much_becomes_dynamic_and_is_noted():
     assert all(0 < note.dynamic_error < note.static_error for note in notes.values())
 
 
+@pytest.mark.parametrize("method", ["minmax", "percentile"])
+def test_no_range_but_that_of_least_error_weighs_every_input(method, monkeypatch):
+    monkeypatch.setattr(torch, "outer", lambda *_: pytest.fail("a matrix as large as the inputs is built"))
+    Case(activations=Activations("static", range=method)).settle()
+
+
 @pytest.mark.parametrize("model", ["llama with grouped queries", "opt"])
 @pytest.mark.parametrize("weights", [W8A8_WEIGHTS, WeightScheme(3, 32, symmetric=False)], ids=["w8a8", "3 bit"])
 def test_after_correction_no_layer_errs_on_average(model, weights):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from requant.aweq.static_range import static_range
+from requant.aweq.static_range import ROWS, _Magnitudes, static_range
 from requant_kernels.reference import quantize_input
 from requant_kernels.scheme import ActivationScheme
 
@@ -65,6 +65,33 @@ def test_mse_is_the_best_of_a_naive_search_with_weights(symmetric):
         for end in torch.linspace(0.5, 20, 60).tolist()
     ]
     assert found <= min(naive) * 1.05
+
+
+@pytest.mark.parametrize("weighed", [True, False], ids=["weighed", "not weighed"])
+def test_rows_are_summed_in_any_pieces_to_the_same_bits(weighed, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    x = noise() * 10 ** torch.randn(200, 1, generator=generator)
+    weights = torch.outer(torch.rand(200, generator=generator), torch.rand(100, generator=generator))
+    found = []
+    for rows in (1, 7, 200, 10**6):
+        monkeypatch.setattr("requant.aweq.static_range.ROWS", rows)
+        found.append(_Magnitudes.of(x, weights if weighed else None))
+    bins, weight = (x.flatten().view(torch.int32) >> 16) & 0xFFFF, weights if weighed else torch.ones_like(x)
+    values = weight.flatten().double() * x.flatten().abs().double() ** 2
+    at_once = torch.bincount(bins, values, minlength=1 << 16)[1 << 15 :][:0x7F80].cumsum(0)
+    for negative, positive in found:
+        assert torch.equal(negative.sums, found[0][0].sums)
+        assert torch.equal(positive.sums, found[0][1].sums)
+        assert torch.equal(negative.sums[2, 1:], at_once)
+
+
+def test_the_search_makes_no_copy_of_all_inputs(monkeypatch):
+    """In float64 there were nine."""
+    made = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda one: made.append(one.numel()) or double(one))
+    static_range(torch.randn(4 * ROWS, 512), "mse", symmetric=True, dtype=torch.float32)
+    assert max(made) <= ROWS * 512
 
 
 def test_an_asymmetric_range_spends_no_code_on_values_that_do_not_occur():
