@@ -9,15 +9,17 @@ from requant import pipeline
 from requant.checkpoint import parse_size
 from requant.errors import InputError
 from requant.evaluation import Evaluation, evaluate_text
+from requant.export import export as export_checkpoint
 from requant.hf import load_quantized
 from requant.inspection import layer_rows
 from requant.recipe import DEFAULT, Recipe, load_recipe
 from requant.report import LayerRow, Report, Totals
+from requant.settings import EXPORTS
 from requant.stored import Defect
 from requant.texts import read_text
 from requant.validation import defects, remarks
 
-__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize", "tensor_parallel_remarks"]
+__all__ = ["check", "evaluate", "export", "inspect", "load_quantized", "quantize", "tensor_parallel_remarks"]
 
 
 def quantize(
@@ -82,6 +84,17 @@ def evaluate(
     tokens: how many at most, from the beginning. Raises InputError, CheckpointError.
     """
     return evaluate_text(model, read_text(text), seqlen=seqlen, tokens=tokens, device=select_device(device))
+
+
+def export(
+    folder: str | Path, out: str | Path, to: str, *, overwrite: bool = False, max_shard_size: str = "5GB"
+) -> list[str]:
+    """Writes a checkpoint to the folder ``out`` in a format that other programs read: 'dense' or 'compressed-tensors'.
+    Returns remarks: what ``out`` does not do as the checkpoint does. Raises InputError, CheckpointError."""
+    if to not in EXPORTS:
+        raise InputError(f"export: {to!r} is not one of {', '.join(EXPORTS)}")
+    limit = parse_size(max_shard_size)
+    return export_checkpoint(existing(folder), Path(out), to, overwrite=overwrite, max_shard_bytes=limit)
 
 
 def existing(folder: str | Path) -> Path:

@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
+    export = commands.add_parser("export", help="rewrite a checkpoint for others", description=_export.__doc__)
+    export.set_defaults(run=_export)
+    export.add_argument("checkpoint", metavar="OUT", help="a checkpoint of requant quantize")
+    export.add_argument("--to", required=True, choices=settings.EXPORTS)
+    export.add_argument("-o", "--out", required=True, metavar="DIR", help="the folder to make")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE")
+    export.add_argument("--overwrite", action="store_true", help="replace DIR when the new one is whole")
+
     bench.add(commands)
 
     demo = commands.add_parser("demo-model", help="write the demo's model", description=_demo_model.__doc__)
@@ -180,6 +188,22 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict()))
     else:
         print(f"perplexity {result.perplexity:.4f}\n{result.protocol}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """Write the checkpoint OUT as an ordinary model (dense) or as compressed-tensors, for programs that do not know
+    the format; a layer that the format can not hold is refused by name."""
+    from requant import api
+
+    _quiet_libraries()
+    remarks = api.export(
+        arguments.checkpoint,
+        arguments.out,
+        arguments.to,
+        overwrite=arguments.overwrite,
+        max_shard_size=arguments.max_shard_size,
+    )
+    print("\n".join([f"{arguments.out}: written", *remarks]))
 
 
 def _demo_model(arguments: argparse.Namespace) -> None:

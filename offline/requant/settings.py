@@ -31,6 +31,8 @@ OutlierRule = Literal["magnitude", "quartiles", "adaptive"]
 Quadrature = Literal["midpoint", "trapezoid", "paper"]
 Unreached = Literal["refuse", "rtn"]
 BUILTIN = "builtin"
+DENSE, COMPRESSED = "dense", "compressed-tensors"
+EXPORTS = (DENSE, COMPRESSED)
 
 
 def _whole(part: object, where: str, **least: int) -> None:
