@@ -115,8 +115,24 @@ def choose(units: Sequence[Sequence[Candidate]], numel: int, target: float) -> C
     limit = math.floor(target * numel)
     chosen = _enumerated(units[0], limit, numel) if len(units) == 1 else _relaxed(units, limit)
     if not chosen or not _lands(chosen, limit, numel):
-        raise InputError(f"target of {target:g} bits: this model can be stored in {_reach(units, numel, target)}")
+        raise _out_of_reach(units, numel, target)
     return Choice([one.scheme for one in chosen], _entries(chosen, limit, numel))
+
+
+def check_reach(units: Sequence[Sequence[Candidate]], numel: int, target: float) -> None:
+    """What needs no losses, before they are measured. Raises InputError where no ``choose`` can land."""
+    limit = math.floor(target * numel)
+    if len(units) == 1:
+        reached = any(_lands([one], limit, numel) for one in units[0])
+    else:
+        least, most = ([end(unit, key=lambda one: one.fixed) for unit in units] for end in (min, max))
+        reached = _spent(least, 0, numel) <= limit and limit - SLACK * numel <= _spent(most, limit, numel)
+    if not reached:
+        raise _out_of_reach(units, numel, target)
+
+
+def _out_of_reach(units: Sequence[Sequence[Candidate]], numel: int, target: float) -> InputError:
+    return InputError(f"target of {target:g} bits: this model can be stored in {_reach(units, numel, target)}")
 
 
 def _entries(chosen: Sequence[Candidate], limit: int, numel: int) -> int:

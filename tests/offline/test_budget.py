@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from requant.budget import SLACK, Candidate, Losses, choose, entry_bits, fixed_bits
+from requant.budget import SLACK, Candidate, Losses, check_reach, choose, entry_bits, fixed_bits
 from requant.errors import InputError
 from requant.quantizers import kmeans
 from requant_kernels.rounding import rtn
@@ -121,3 +121,18 @@ def test_a_target_between_two_schemes_names_what_they_reach_next_to_it() -> None
     assert ends == [5.23, 8.0]
     for end in ends:
         choose([[few, many]], 4000, end)
+
+
+@pytest.mark.parametrize("target", [1.0, 2.02, 2.03, 3.0, 6.5, 7.23, 7.25])
+@pytest.mark.parametrize("count", [1, 2])
+def test_without_losses_the_same_targets_are_refused(target: float, count: int) -> None:
+    few, many = unit(0, 1.0)[0], replace(unit(0, 1.0)[2], fixed=4000 * 8)
+    for units in ([unit(0, 1.0)] * count, [[few, many]]):
+        refusals = []
+        for refuse in (check_reach, choose):
+            try:
+                refuse(units, 4000 * len(units), target)
+                refusals.append("")
+            except InputError as error:
+                refusals.append(str(error))
+        assert refusals[0] == refusals[1]

@@ -13,6 +13,7 @@ from requant.errors import InputError
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
 from requant.sensitivity.criteria import CRITERIA
+from requant.sensitivity.measure import Sensitivity
 from requant.settings import BASES as NAMES
 from requant.settings import SENSITIVITIES, Calibration, Distillation, Selection, Training
 from requant_kernels.reference import dequantize
@@ -157,6 +158,14 @@ def test_a_target_of_true_bits_is_met(model: nn.Module, mixed: bool) -> None:
     assert (len(schemes) > 1) == mixed
     for unit in models.shared_schemes(model, models.LLAMA):
         assert len({layers[name].scheme for name in unit}) == 1
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
+def test_a_target_out_of_reach_costs_no_gradients(model: nn.Module, mixed: bool, monkeypatch) -> None:
+    monkeypatch.delattr(Sensitivity, "measure")
+    recipe = Recipe(UNIFORM, "rtn", target_bits=1.5, mixed=mixed, selection=Selection(intervals=1))
+    with pytest.raises(InputError, match=r"^target of 1\.5 bits: this model can be stored in about"):
+        run_of(model, recipe).quantize(windows(3))
 
 
 @pytest.mark.parametrize("base", ["awq", "gptq"])

@@ -15,7 +15,7 @@ from requant.sensitivity.measure import Sensitivity
 from requant.sensitivity.pqi import Completeness
 from requant.sensitivity.selection import mask_of
 from requant.stages import Result
-from requant.targeting import fit
+from requant.targeting import check_target, fit, shapes_of
 
 
 def choice(subject: Subject, samples: Samples) -> Result:
@@ -44,16 +44,19 @@ def _within(
     subject: Subject, bits: float, samples: Samples
 ) -> tuple[Masks, list[Completeness], Mapping[str, LayerScheme]]:
     """As many true bits a weight and no more."""
-    recipe, path = subject.recipe, subject.path(rounded=True)
+    recipe, value_bits = subject.recipe, 8 * subject.dtype.itemsize
+    shared = models.shared_schemes(subject.network, subject.architecture) if recipe.mixed else [list(subject.schemes)]
+    units = [unit for unit in shared if unit[0] in subject.schemes]
+    check_target(shapes_of(subject.sparse_weights), units, bits, like=recipe.weights, value_bits=value_bits)
+    path = subject.path(rounded=True)
     measured = Sensitivity.of(recipe.selection).measure(path, samples)
     integrals = [measured.completeness(samples)] if measured.criterion.rule == "path" else []
-    units = models.shared_schemes(subject.network, subject.architecture) if recipe.mixed else [list(subject.schemes)]
     fitted = fit(
         measured,
-        [unit for unit in units if unit[0] in subject.schemes],
+        units,
         bits,
         like=recipe.weights,
-        value_bits=8 * subject.dtype.itemsize,
+        value_bits=value_bits,
         rounded=subject.nearest,
         settled=subject.searched,
     )
