@@ -23,7 +23,8 @@ _FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 @cache
 def load(source: Path) -> str:
     """Makes the operators of the C++ file ``source`` known to torch; returns why that is impossible, or nothing."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    compiler = os.environ.get("CXX") or (found and shlex.quote(found))  # a command, with arguments or without
     if not compiler:
         return "needs a C++ compiler, and there is none on the PATH"
     try:

@@ -199,13 +199,24 @@ def test_a_bias_of_another_dtype_is_added_as_what_it_is(module):
 
 def test_a_machine_without_a_compiler_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
+    monkeypatch.setenv("CXX", f"{tmp_path}/nowhere -O2")  # as other builds take it: a command
     native.load.cache_clear()
-    assert "no compiler" in native.load(cpu_int4_native.SOURCE)
+    assert f"No such file or directory: '{tmp_path}/nowhere'" in native.load(cpu_int4_native.SOURCE)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     native.load.cache_clear()
     assert native.load(cpu_int4_native.SOURCE) == "needs a C++ compiler, and there is none on the PATH"
+    native.load.cache_clear()
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    native.load.cache_clear()
+    assert native.load(cpu_int4_native.SOURCE) == "cpu_int4.cpp: Could not determine home directory."
     native.load.cache_clear()
 
 
