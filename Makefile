@@ -51,7 +51,7 @@ compat: $(COMPAT:%=compat-%)
 compat-%:
 	@test -x .venv-compat/$*/bin/python || $(PYTHON) -m venv .venv-compat/$*
 	.venv-compat/$*/bin/python tools/install.py --vllm $* test
-	.venv-compat/$*/bin/python -m pytest tests/vllm_requant/test_linear.py tests/e2e/test_serve.py
+	.venv-compat/$*/bin/python -m pytest tests/vllm_requant/test_linear.py tests/vllm_requant/test_in_flight.py tests/e2e/test_serve.py
 
 clean:
 	rm -rf .venv .venv-compat .venv-triton demo build dist *.egg-info

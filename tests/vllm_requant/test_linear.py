@@ -10,73 +10,20 @@ from requant_kernels import reference
 from requant_kernels.dense_sparse import dispatch, int4_panels
 from requant_kernels.dense_sparse.triton.strips import build_strips
 from requant_kernels.errors import CheckpointError, SchemeError
-from requant_kernels.layer import QuantizedLayer
-from requant_kernels.rounding.layer import round_layer
-from requant_kernels.scheme import ActivationScheme, LayerScheme, SparseScheme, WeightScheme
+from requant_kernels.scheme import LayerScheme, SparseScheme, WeightScheme
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
-    LinearBase,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from tests.kernels.strategies import random_w8a8, random_weight
-from vllm_requant.linear import DenseSparseLinearMethod, W8A8LinearMethod
+from tests.kernels.strategies import random_weight
+from tests.vllm_requant.layers import SCHEME, W8A8, K, assert_computes, build, load, stored
 
 pytestmark = pytest.mark.usefixtures("vllm_state")
-
-SCHEME = LayerScheme(WeightScheme(4, 64, symmetric=False), SparseScheme())
-W8A8 = [
-    LayerScheme(WeightScheme(8), None, ActivationScheme(dynamic, symmetric), bias_correction=not symmetric)
-    for dynamic in (True, False)
-    for symmetric in (True, False)
-]
-K = 192
-
-
-class OneMethod(QuantizationConfig):
-    """The configuration of a model that has a single quantized layer."""
-
-    get_name = get_supported_act_dtypes = get_min_capability = get_config_filenames = from_config = None
-
-    def __init__(self, scheme: LayerScheme, names: list[str], in_flight: bool) -> None:
-        super().__init__()
-        kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
-        self.method = kind(scheme, names, in_flight=in_flight)
-
-    def get_quant_method(self, layer, prefix):
-        return self.method
-
-
-def build(
-    kind: type[LinearBase], *sizes, names=("m.fc",), scheme=SCHEME, dtype=torch.float32, in_flight=False, **more
-) -> LinearBase:
-    more = {"bias": False, "return_bias": False, "params_dtype": dtype} | more
-    return kind(*sizes, quant_config=OneMethod(scheme, list(names), in_flight), prefix="m", **more)
-
-
-def load(layer: LinearBase, weight: QuantizedLayer, *shard, without=(), changed=()) -> None:
-    for name, tensor in (weight.to_tensors() | dict(changed)).items():
-        if name not in without:
-            parameter = getattr(layer, name)
-            parameter.weight_loader(parameter, tensor, *shard)
-
-
-def stored(rows: int, seed: int = 0, columns: int = K, scheme: LayerScheme = SCHEME) -> QuantizedLayer:
-    if scheme.activations:
-        return random_w8a8(scheme.activations, (rows, columns), bias_correction=scheme.bias_correction, seed=seed)
-    return random_weight(scheme, (rows, columns), seed=seed)
-
-
-def assert_computes(layer: LinearBase, *weights: QuantizedLayer) -> None:
-    layer.quant_method.process_weights_after_loading(layer)
-    x = torch.randn(5, weights[0].in_features)
-    expected = torch.cat([reference.linear(x, weight) for weight in weights], -1)
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [ReplicatedLinear, ColumnParallelLinear, RowParallelLinear])
@@ -351,58 +298,3 @@ def test_a_layer_of_another_shape_is_refused_by_name(kind, weight):
 def test_a_rank_notices_that_its_share_is_not_the_models(rank, rows):
     with pytest.raises(CheckpointError, match=rf"^m\.fc: has {rows} rows, which do not fit"):
         load(build(ColumnParallelLinear, K, 96, tp_rank=rank, tp_size=3), stored(rows))
-
-
-# -- layers that are rounded while they are loaded --
-
-ROUNDABLE = [LayerScheme(WeightScheme(4, 64, symmetric=False)), LayerScheme(WeightScheme(3)), W8A8[0]]
-
-
-def load_unquantized(layer: LinearBase, weight: torch.Tensor, *shard) -> None:
-    layer.weight.weight_loader(layer.weight, weight, *shard)
-
-
-@pytest.mark.parametrize("scheme", ROUNDABLE, ids=LayerScheme.describe)
-@pytest.mark.parametrize("kind", [ReplicatedLinear, ColumnParallelLinear, RowParallelLinear])
-def test_a_layer_is_rounded_in_flight(kind, scheme):
-    layer, weight = build(kind, K, 96, scheme=scheme, in_flight=True), torch.randn(96, K).bfloat16()
-    load_unquantized(layer, weight)
-    assert_computes(layer, round_layer(weight, scheme))
-
-
-@pytest.mark.parametrize("scheme", ROUNDABLE, ids=LayerScheme.describe)
-def test_fused_layers_are_rounded_one_by_one_in_flight(scheme):
-    names = ("m.q", "m.k", "m.v")
-    layer = build(QKVParallelLinear, K, 32, 4, 2, names=names, scheme=scheme, in_flight=True)
-    weights = [torch.randn(rows, K) for rows in (128, 64, 64)]
-    for shard, weight in zip("qkv", weights, strict=True):
-        load_unquantized(layer, weight, shard)
-    assert_computes(layer, *(round_layer(weight, scheme) for weight in weights))
-
-
-def test_a_rank_takes_its_rows_of_what_is_rounded_whole():
-    scheme, weight = ROUNDABLE[0], torch.randn(96, K)
-    layer = build(ColumnParallelLinear, K, 96, tp_rank=1, tp_size=3, scheme=scheme, in_flight=True)
-    load_unquantized(layer, weight)
-    assert_computes(layer, round_layer(weight, scheme).take_rows(torch.arange(32, 64)))
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (torch.full((96, K), float("nan")), "not finite"),
-        (torch.zeros(96, K, dtype=torch.int8), r"dtype torch\.int8"),
-        (torch.zeros(96), r"shape \[96\], not \[N, K\]"),
-    ],
-    ids=["NaN", "int8", "vector"],
-)
-def test_what_can_not_be_rounded_is_refused_by_name(weight, message):
-    layer = build(ReplicatedLinear, K, 96, scheme=ROUNDABLE[0], in_flight=True)
-    with pytest.raises(CheckpointError, match=rf"^m\.fc\.weight: {message}"):
-        load_unquantized(layer, weight)
-
-
-def test_a_weight_that_never_comes_is_named():
-    layer = build(ReplicatedLinear, K, 96, scheme=ROUNDABLE[0], in_flight=True)
-    with pytest.raises(CheckpointError, match=r"^m\.fc\.weight: missing in the checkpoint"):
-        layer.quant_method.process_weights_after_loading(layer)
