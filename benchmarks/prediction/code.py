@@ -8,6 +8,7 @@ import ast
 import re
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 SCOREBOARDS = 6
@@ -45,9 +46,20 @@ class Instruction:
         return next((sizes[part] for part in self.name.split(".")[1:] if part in sizes), 4)
 
 
+def _source(path: str) -> Path:
+    """Where that file is now: Triton's cache knows a kernel by its text, so that its machine code may name a checkout
+    that held the same one and is gone."""
+    parts = Path(path).parts
+    package = next(one for one in ("requant_kernels", "triton") if one in parts)
+    spec = find_spec(package)
+    assert spec
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], *parts[len(parts) - parts[::-1].index(package) :])
+
+
 @cache
 def _functions(path: str) -> list[tuple[int, str]]:
-    tree = ast.parse(Path(path).read_text())
+    tree = ast.parse(_source(path).read_text())
     return sorted((node.lineno, node.name) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 

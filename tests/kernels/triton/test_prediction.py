@@ -1,6 +1,8 @@
 """Predictions from machine code: the model's units do what they are meant to, and a kernel's code is understood."""
 
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from requant_kernels.dense_sparse.triton.table import tables
 
 from benchmarks.kernel_timing.shapes import Load, Shape
 from benchmarks.prediction import launches, measured
-from benchmarks.prediction.code import Instruction, longest_loop, path
+from benchmarks.prediction.code import Instruction, longest_loop, parse, path
 from benchmarks.prediction.gpus import H200, Gpu
 from benchmarks.prediction.processor import Access, Processor
 
@@ -155,6 +157,24 @@ def test_a_launch(tokens: int, columns: int) -> None:
     assert predict(replace(load, density=0.0)) < time
     larger = replace(load, shape=replace(load.shape, rows=65536))
     assert predict(larger) > 1.5 * time
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("requant_kernels.dense_sparse.triton.one", "one_kernel"), ("triton.language.standard", "cdiv")],
+)
+def test_the_compiler_s_cache_names_a_checkout_that_is_gone(module: str, name: str) -> None:
+    """What Triton compiled of the same text there serves here too, with the places of then."""
+    spec = find_spec(module)
+    assert spec
+    assert spec.origin
+    text = Path(spec.origin).read_text().splitlines()
+    line = next(number for number, one in enumerate(text, 1) if one.startswith(f"def {name}("))
+    here = f"""\t//## File "/gone/lib/{module.replace(".", "/")}.py", line {line + 1}
+        /*0000*/                   EXIT ;                     /* 0x000000000000794d */
+                                                              /* 0x000fea0003800000 */"""
+    [one] = parse(here)
+    assert (one.function, one.line) == (name, f"{Path(spec.origin).name}:{line + 1}")
 
 
 def test_loads_are_told_apart() -> None:
