@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["check", "evaluate", "inspect", "load_quantized", "quantize"]
+__all__ = ["check", "evaluate", "export", "inspect", "load_quantized", "quantize", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,16 +10,28 @@ from requant.checkpoint import parse_size
 from requant.errors import InputError
 from requant.evaluation import Evaluation, evaluate_text
 from requant.export import export as export_checkpoint
+from requant.figures import require_matplotlib
 from requant.hf import load_quantized
 from requant.inspection import layer_rows
+from requant.page import Measured, render
 from requant.recipe import DEFAULT, Recipe, load_recipe
 from requant.report import LayerRow, Report, Totals
 from requant.settings import EXPORTS
+from requant.staging import write_whole
 from requant.stored import Defect
 from requant.texts import read_text
 from requant.validation import defects, remarks
 
-__all__ = ["check", "evaluate", "export", "inspect", "load_quantized", "quantize", "tensor_parallel_remarks"]
+__all__ = [
+    "check",
+    "evaluate",
+    "export",
+    "inspect",
+    "load_quantized",
+    "quantize",
+    "tensor_parallel_remarks",
+    "write_report",
+]
 
 
 def quantize(
@@ -95,6 +107,37 @@ def export(
         raise InputError(f"export: {to!r} is not one of {', '.join(EXPORTS)}")
     limit = parse_size(max_shard_size)
     return export_checkpoint(existing(folder), Path(out), to, overwrite=overwrite, max_shard_bytes=limit)
+
+
+def write_report(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    text: str | Path | None = None,
+    against: Sequence[str | Path] = (),
+    seqlen: int = 2048,
+    tokens: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Writes what is known of the checkpoint ``folder`` to the file ``out``, one HTML page with maps of the model.
+
+    text: measures perplexity on it, first of the models ``against``, then of the checkpoint, as ``evaluate`` does.
+    Raises InputError, CheckpointError.
+    """
+    report, page = Report.of(existing(folder)), Path(out)
+    if not page.absolute().parent.is_dir():
+        raise InputError(f"{page}: its folder does not exist")
+    if page.is_dir():
+        raise InputError(f"{page}: is a folder; name the file to write, such as report.html")
+    if text is None and (against or tokens is not None):
+        raise InputError("a perplexity needs a text: --text FILE|wikitext2")
+    require_matplotlib("report")
+    measured = [
+        Measured(str(model), evaluate(model, text, seqlen=seqlen, tokens=tokens, device=device))
+        for model in [*against, folder]
+        if text is not None
+    ]
+    write_whole(page, render(report, measured))
 
 
 def existing(folder: str | Path) -> Path:

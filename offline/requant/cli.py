@@ -57,10 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
     evaluate.add_argument("model", metavar="MODEL_OR_OUT", help="an original model or a checkpoint")
     evaluate.add_argument("--text", required=True, metavar="FILE|wikitext2")
-    evaluate.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a window (default 2048)")
-    evaluate.add_argument("--tokens", type=int, metavar="N", help="use no more than the first N tokens")
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _add_perplexity(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    report = commands.add_parser("report", help="draw a run", description=_report.__doc__)
+    report.set_defaults(run=_report)
+    report.add_argument("checkpoint", metavar="OUT", help="a checkpoint of requant quantize")
+    report.add_argument("-o", "--out", required=True, metavar="FILE", help="the HTML page to write")
+    report.add_argument("--text", metavar="FILE|wikitext2", help="measure perplexity on it too")
+    report.add_argument(
+        "--against", action="append", default=[], metavar="MODEL", help="and that of the original; repeatable"
+    )
+    _add_perplexity(report)
 
     export = commands.add_parser("export", help="rewrite a checkpoint for others", description=_export.__doc__)
     export.set_defaults(run=_export)
@@ -77,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--out", required=True, metavar="DIR")
     demo.add_argument("--overwrite", action="store_true")
     return parser
+
+
+def _add_perplexity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seqlen", type=int, default=2048, metavar="N", help="tokens a window (default 2048)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="use no more than the first N tokens")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
 def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -188,6 +202,24 @@ def _eval(arguments: argparse.Namespace) -> None:
         print(json.dumps(result.to_dict()))
     else:
         print(f"perplexity {result.perplexity:.4f}\n{result.protocol}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Write what is known of the checkpoint OUT as one HTML page: totals, sensitivity, bits, sparse shares and errors
+    as maps of the model, all layers, the recipe; with --text, perplexity."""
+    from requant import api
+
+    _quiet_libraries()
+    api.write_report(
+        arguments.checkpoint,
+        arguments.out,
+        text=arguments.text,
+        against=arguments.against,
+        seqlen=arguments.seqlen,
+        tokens=arguments.tokens,
+        device=arguments.device,
+    )
+    print(f"{arguments.out}: written")
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -29,14 +29,12 @@ from requant.planning import fitted, plan
 from requant.progress import track
 from requant.quantizers.bases import DATA_FREE
 from requant.recipe import Recipe
-from requant.report import ROUTER, LayerRow, Report, Totals
+from requant.report import REPORT_FILE, ROUTER, LayerRow, Report, Totals
 from requant.sensitivity.store import Stores, offloaded
 from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
 from requant.validation import defects
 from requant.versions import producer
-
-REPORT_FILE = "requant_report.json"
 
 
 def run(

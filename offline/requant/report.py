@@ -1,14 +1,18 @@
 """What a run or a checkpoint consists of, as data: one row per linear layer, totals, and the table of both."""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 import torch
+from requant_kernels.errors import CheckpointError
 from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
+REPORT_FILE = "requant_report.json"
 ROUTER = "router"  # why one is stored as it was
 
 
@@ -39,6 +43,12 @@ class LayerRow:
         shape = (stored.out_features, stored.in_features)
         nnz = sparse.nnz if sparse else 0
         return cls(name, shape, stored.scheme, stored.stored_bits() // 8, nnz, error, reason)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        known = {field.name: data[field.name] for field in fields(cls)}
+        scheme = known["scheme"] and LayerScheme.from_dict(known["scheme"])
+        return cls(**known | {"shape": tuple(known["shape"]), "scheme": scheme})
 
     @property
     def numel(self) -> int:
@@ -138,6 +148,19 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"layers": [row.to_dict() for row in self.layers]}
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """That of the checkpoint in ``folder``. Raises CheckpointError where it has none that can be read."""
+        try:
+            data = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+            rows = tuple(LayerRow.from_dict(row) for row in data["layers"])
+            return cls(**data | {"layers": rows, "total": Totals(**data["total"])})
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: has no {REPORT_FILE}; requant quantize writes one") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{folder / REPORT_FILE}: not a report of this version ({reason})") from None
 
 
 def table(rows: Iterable[LayerRow]) -> str:

@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all: written under a hidden sibling name, renamed when complete.
+"""A folder or a file that appears whole or not at all: written under a hidden sibling name, renamed when complete.
 
-For OUT the siblings are ``.OUT.partial`` (being written) and ``.OUT.replaced`` (the old OUT, for the instant of a
+For a folder OUT the siblings are ``.OUT.partial`` (being written) and ``.OUT.replaced`` (the old OUT, for the instant of a
 swap). The writer holds a lock on the folder itself; the kernel releases it when a run dies however it dies, so what a
 dead run left is recognised and cleared by the next one.
 """
@@ -16,6 +16,12 @@ from pathlib import Path
 from requant.errors import InputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 @contextmanager
@@ -57,6 +63,8 @@ def _refuse_overlap(out: Path, source: Path) -> None:
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
+    if Path.cwd().is_relative_to(out.resolve()):  # whoever stands there would be left in a folder that is gone
+        raise InputError(f"{out}: is the current folder, or holds it; name a folder to make")
     if not overwrite:
         raise InputError(f"{out}: exists; use --overwrite to replace it")
     # --overwrite replaces a model, never a home directory

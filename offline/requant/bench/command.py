@@ -5,7 +5,6 @@ import json
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from requant.arguments import number, numbers
 from requant.bench.environment import environment
@@ -15,6 +14,7 @@ from requant.bench.plot import check_plot, draw
 from requant.bench.table import markdown
 from requant.bench.workloads import SHAPES, Shape, workloads
 from requant.errors import InputError
+from requant.staging import write_whole
 
 STREAMS = (1, 8, 32)
 
@@ -56,17 +56,11 @@ def run(arguments: argparse.Namespace) -> None:
     with closing(measure(models, works, arguments.repetitions, serving)) as measured:  # servers end with it
         for results in measured:
             if arguments.json:  # now, because the next hour may not end well
-                _write(arguments.json, {**results.to_dict(), **where, "settings": serving})
+                found = {**results.to_dict(), **where, "settings": serving}
+                write_whole(arguments.json, json.dumps(found, indent=1))
     print(markdown(results))
     if arguments.plot:
         draw(results, arguments.plot)
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """Complete or not at all."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    beside.replace(path)
 
 
 def _check(arguments: argparse.Namespace) -> None:

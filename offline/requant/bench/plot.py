@@ -1,10 +1,10 @@
 """Results as a picture: throughput by number of streams, a panel for each kind of workload. Needs matplotlib."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from requant.bench.results import Cell, Results, middle
 from requant.errors import InputError
+from requant.figures import require_matplotlib
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -13,8 +13,7 @@ def check_plot(path: Path) -> None:
     """Raises InputError where ``path`` can not be drawn: said before hours of measuring, not after."""
     if path.suffix not in FORMATS:
         raise InputError(f"--plot {path}: the name ends in one of {', '.join(FORMATS)}")
-    if find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'vllm-requant[plot]'")
+    require_matplotlib("--plot")
 
 
 def draw(results: Results, path: Path) -> None:

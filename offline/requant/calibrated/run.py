@@ -2,7 +2,7 @@
 the whole model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -55,7 +55,7 @@ class Calibrated:
             "tokens": sum(ids.numel() for ids in self.windows.ids),
         }
         if self.integrals:
-            found["integrals"] = [asdict(one) | {"error_percent": round(100 * one.error, 4)} for one in self.integrals]
+            found["integrals"] = [one.to_dict() for one in self.integrals]
         if self.divergences:
             tenth = max(1, len(self.divergences) // 10)
             found["divergence"] = {

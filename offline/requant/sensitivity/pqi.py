@@ -5,7 +5,8 @@ of the implementation: it must equal the measured change of the loss up to the e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,15 +33,26 @@ class PathGradients:
 
 @dataclass(frozen=True)
 class Completeness:
-    """The acceptance test of a path integral: its sum against the measured change of the loss (nats per token)."""
+    """The acceptance test of a path integral: its sum against the measured change of the loss (nats per token).
 
-    integral: float
+    matrices: what each contributes to the sum, by name.
+    """
+
+    matrices: Mapping[str, float]
     measured: float
+
+    @property
+    def integral(self) -> float:
+        return sum(self.matrices.values())
 
     @property
     def error(self) -> float:
         """Relative, signed; 0 where nothing changes, as with a model that lies on the grid already."""
         return (self.integral - self.measured) / (self.measured or self.integral or 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        percent = round(100 * self.error, 4)
+        return {"integral": self.integral, "measured": self.measured, "error_percent": percent} | asdict(self)
 
 
 @dataclass(frozen=True)
@@ -140,6 +152,6 @@ def elements(path: Path, gradients: PathGradients, name: str) -> torch.Tensor:
 
 def completeness(path: Path, gradients: PathGradients, samples: Sequence[torch.Tensor]) -> Completeness:
     """Compares the sum of all elements with the measured change of the loss. Leaves the model at the path's start."""
-    integral = sum(float(elements(path, gradients, name).double().sum()) for name in path.parameters)
+    matrices = {name: float(elements(path, gradients, name).double().sum()) for name in path.parameters}
     measured = path.loss_at(1.0, samples) - path.loss_at(0.0, samples)
-    return Completeness(integral, measured)
+    return Completeness(matrices, measured)

@@ -1,7 +1,8 @@
 """Arguments of `requant bench`, and what is refused in one line before anything is started."""
 
 import pytest
-from requant.bench import command, plot
+from requant import figures
+from requant.bench import command
 from requant.bench.models import Served, parse_all
 from requant.bench.workloads import SHAPES, Shape, Workload, longest, workloads
 from requant.cli import _parser, main
@@ -115,7 +116,7 @@ def test_no_vllm(capsys, micro_llama, monkeypatch):
 def test_a_plot_that_can_not_be_drawn(capsys, micro_llama, monkeypatch):
     monkeypatch.setattr(command, "find_spec", lambda name: object())
     assert "ends in one of .png" in refusal(capsys, str(micro_llama), "--plot", "out.gif")
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
     assert "pip install 'vllm-requant[plot]'" in refusal(capsys, str(micro_llama), "--plot", "out.png")
 
 
