@@ -69,7 +69,8 @@ def measured(part: SparsePart) -> Placement:
 def main() -> None:
     rows = []
     for folder in map(Path, sys.argv[1:]):
-        parts = sparse_parts(open_checkpoint(folder))
+        with open_checkpoint(folder).opened() as stored:
+            parts = sparse_parts(stored)
         found = [measured(part) for part in parts.values()]
         density = mean(part.nnz / part.out_features / part.in_features for part in parts.values())
         ranks = " / ".join(f"{mean(one.ranks[i] for one in found):.1f}" for i in range(len(RANKS)))

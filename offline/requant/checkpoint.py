@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from requant.errors import InputError
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -74,8 +74,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def parse_size(text: str) -> int:
-    """'5GB', '500MB' or a number of bytes -> bytes (decimal units). Raises InputError."""
-    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)?", text.strip(), re.IGNORECASE)
+    """'5GB' or '500MB' -> bytes (decimal units). Raises InputError, also for a bare number: as in transformers, and
+    whoever writes 5 hardly means bytes, which would give each tensor a file of its own."""
+    match = re.fullmatch(r"(\d+)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
     if not match or not int(match[1]):
         raise InputError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(match[1]) * _UNITS[(match[2] or "").upper()]
+    return int(match[1]) * _UNITS[match[2].upper()]

@@ -1,8 +1,10 @@
 """Where a model comes from: a local folder, a GGUF file, or a name on the hub; refused early, in one line."""
 
+import io
 import json
 import re
 import shutil
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import is_progress_bar_enabled
 
 from requant.errors import InputError
 from requant.models import architecture_of, as_stored
@@ -67,6 +70,8 @@ class Source:
 
 def resolve(model: str | Path) -> Source:
     """A folder with config.json, a GGUF file or a folder with just one, or a hub name. Raises InputError."""
+    if not str(model):  # Path("") would be the current folder, which nobody meant
+        raise InputError("the name of the model is empty")
     path = Path(model)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf(path)
@@ -135,8 +140,11 @@ def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
         }
     else:
         kwargs |= {"use_safetensors": True, "dtype": dtype or "auto"}
+    # the bar of a GGUF's tensors does not ask transformers' own switch
+    silenced = bool(source.gguf) and not is_progress_bar_enabled()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(**kwargs)
+        with redirect_stderr(io.StringIO()) if silenced else nullcontext():
+            model, info = AutoModelForCausalLM.from_pretrained(**kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source.folder}: can not be loaded ({_first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):

@@ -1,8 +1,8 @@
 """A folder or a file that appears whole or not at all: written under a hidden sibling name, renamed when complete.
 
-For a folder OUT the siblings are ``.OUT.partial`` (being written) and ``.OUT.replaced`` (the old OUT, for the instant of a
-swap). The writer holds a lock on the folder itself; the kernel releases it when a run dies however it dies, so what a
-dead run left is recognised and cleared by the next one.
+For a folder OUT the siblings are ``.OUT.partial`` (being written) and ``.OUT.replaced`` (the old OUT, for the instant
+of a swap). The writer holds a lock on the folder itself; the kernel releases it when a run dies however it dies, so
+what a dead run left is recognised and cleared by the next one.
 """
 
 import errno

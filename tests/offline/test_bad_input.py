@@ -57,6 +57,12 @@ def test_a_missing_folder(refused, tmp_path):
         assert refused(command, tmp_path / "absent").endswith("absent: no such checkpoint folder")
 
 
+def test_an_empty_name_is_not_the_current_folder(refused, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama)
+    for command in (("quantize", "", "-o", tmp_path / "out"), ("eval", "", "--text", __file__)):
+        assert refused(*command) == "the name of the model is empty"
+
+
 def test_a_hub_name_that_is_not_cached(refused, tmp_path):
     line = refused("quantize", "nobody/nothing", "-o", tmp_path / "out")
     assert line.startswith("nobody/nothing: no such folder, and not to be had from the hub (")
@@ -166,6 +172,15 @@ def test_out_exists(refused, llama, quantized, tmp_path):
     assert refused("quantize", llama, "-o", tmp_path / "out").endswith("out: exists; use --overwrite to replace it")
 
 
+@pytest.mark.parametrize("out", ["", ".", ".."])
+def test_out_is_where_the_user_stands(out, refused, llama, tmp_path, monkeypatch):
+    (tmp_path / "model" / "within").mkdir(parents=True)
+    shutil.copy(llama / "config.json", tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model" / ("within" if out == ".." else ""))
+    line = refused("quantize", llama, "-o", out, "--overwrite")
+    assert line == f"{tmp_path / 'model'}: is the current folder, or holds it; name a folder to make"
+
+
 def test_out_inside_the_model(refused, llama):
     assert "overlaps the model itself" in refused("quantize", llama, "-o", llama / "out")
     assert "overlaps the model itself" in refused("quantize", llama, "-o", llama, "--overwrite")
@@ -220,7 +235,7 @@ def test_no_gpu(refused, llama, tmp_path):
     assert line == "--device cuda: PyTorch finds no CUDA device here; use --device cpu"
 
 
-@pytest.mark.parametrize("size", ["0GB", "many", "-5MB"])
+@pytest.mark.parametrize("size", ["0GB", "many", "-5MB", "10"])
 def test_a_shard_size_that_is_none(size, refused, llama, tmp_path):
     assert "is not a size such as 5GB" in refused("quantize", llama, "-o", tmp_path / "out", f"--max-shard-size={size}")
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+from requant_kernels.rounding.grid import storable_scale
 
 from requant.aweq.settings import RangeMethod
 
@@ -101,7 +102,7 @@ class _Magnitudes:
 def of_bounds(low: float, high: float, *, symmetric: bool, dtype: torch.dtype) -> StaticRange:
     """The step, rounded to ``dtype``, and the zero point that is chosen for the rounded step; zero stays a code."""
     width = max(-low, high) / 127 if symmetric else (high - low) / 255
-    scale = torch.tensor([width]).to(dtype).clamp(min=torch.finfo(dtype).tiny)
+    scale = storable_scale(torch.tensor([width]), dtype)
     if symmetric:
         return StaticRange(scale, None)
     zero_point = (-128 - torch.tensor([low]) / scale.float()).round().clamp(-128, 127)

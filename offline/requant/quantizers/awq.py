@@ -27,10 +27,14 @@ def search_scale(
 ) -> torch.Tensor:
     """Scale fp32 [K], positive, for ``weights`` (fp32 [N_i, K]) that read one input: least sum of output errors.
 
-    Entries under ``excluded`` (bool [N_i, K] each) have no error. alpha = 0, no scaling, is among the candidates.
+    Entries under ``excluded`` (bool [N_i, K] each) have no error. alpha = 0, no scaling, is among the candidates. A
+    channel that no calibration token activates keeps 1: scaled down, its weights would all round to zero.
     """
     masks = [None] * len(weights) if excluded is None else excluded
-    moment, magnitude = statistics.second_moment, statistics.mean_absolute.clamp(min=1e-8)
+    moment, magnitude = statistics.second_moment, statistics.mean_absolute
+    silent, most = magnitude == 0, magnitude.max()
+    middle = (most * magnitude.masked_fill(silent, most).min()).sqrt()  # whose scale is 1, whatever alpha
+    magnitude = torch.where(silent, middle, magnitude).clamp(min=1e-8)
     best, least = torch.ones_like(magnitude), float("inf")
     for alpha in ALPHAS:
         scale = magnitude**alpha

@@ -107,6 +107,17 @@ def test_the_step_is_rounded_to_the_models_dtype_before_the_zero_point_is_chosen
     assert static.zero_point.dtype == torch.int8
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_small_inputs_of_a_float16_model_are_not_rounded_away(size, symmetric):
+    x = noise() * size
+    found = {
+        dtype: error(x, static_range(x, "minmax", symmetric=symmetric, dtype=dtype), symmetric)
+        for dtype in (torch.float16, torch.float32)
+    }
+    assert found[torch.float16] < 1.2 * found[torch.float32]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_an_input_that_is_never_activated_has_no_range(method):
     with pytest.raises(ValueError, match="no calibration token activates its input"):

@@ -53,6 +53,21 @@ def test_excluded_entries_have_no_say() -> None:
     assert torch.equal(*scales)
 
 
+def test_a_channel_that_calibration_does_not_activate_keeps_its_weights() -> None:
+    x, weight = inputs(), torch.randn(8, 64)
+    x[:, 7] = 0
+    scale = awq.search_scale([weight], statistics_of(x), SCHEME, dtype=torch.bfloat16)
+    assert not torch.equal(scale, torch.ones(64))
+    assert float(scale[7]) == pytest.approx(1)
+    rounded = round_to_nearest(weight * scale, SCHEME, dtype=torch.bfloat16).dequantize() / scale
+    assert float((rounded - weight)[:, 7].norm()) < 0.5 * float(weight[:, 7].norm())
+
+
+def test_a_layer_that_is_never_activated_is_not_scaled() -> None:
+    scale = awq.search_scale([torch.randn(8, 64)], statistics_of(torch.zeros(9, 64)), SCHEME, dtype=torch.bfloat16)
+    assert torch.equal(scale, torch.ones(64))
+
+
 def test_clipping_lowers_the_weighted_error() -> None:
     x, weight = inputs(), torch.randn(8, 64) ** 3
     statistics = statistics_of(x)
