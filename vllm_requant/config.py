@@ -1,5 +1,6 @@
 """``quantization_config`` of a checkpoint -> a method for each layer of the model."""
 
+import re
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         self.in_flight = scheme is None
         self.mappers: list[Any] = []
         self.hf_config: Any = None
+        self._asked: set[str] = set()  # names of layers, as a pattern may mean them
 
     def __repr__(self) -> str:
         return f"RequantConfig({self.scheme})"
@@ -61,12 +63,14 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
         file = get_hf_file_to_dict("config.json", model_name, revision)
+        if file is None and hf_config is not None and hf_config.name_or_path:  # where --hf-config-path points
+            file = get_hf_file_to_dict("config.json", hf_config.name_or_path)
         stored = file.get("quantization_config") if file else None
-        ours = stored and self.scheme and stored.get("quant_method") == QUANT_METHOD
+        ours = stored and stored.get("quant_method") == QUANT_METHOD
         if ours and CheckpointScheme.from_dict(stored) != self.scheme:
             raise SchemeError(
-                "quantization_config: this checkpoint is quantized, as its config.json says; --hf-overrides can not "
-                "say otherwise"
+                "quantization_config: this checkpoint is quantized, as its config.json says; neither --hf-overrides "
+                "nor --hf-config-path can say otherwise"
             )
         self.in_flight |= file is not None and not stored
         if self.in_flight and self.scheme and self.scheme.for_layer(OUTPUT_HEAD) not in (None, self.scheme.scheme):
@@ -91,6 +95,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         current = get_current_vllm_config_or_none()
         if current and current.model_config:
             refuse_degree(current)
+        prefix = prefix.removeprefix(".")  # some models of vLLM call their head ".lm_head" (stablelm.py)
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
@@ -99,7 +104,10 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
             if self.in_flight:
                 scheme = self._roundable(scheme, layer.input_size, prefix)
             kind = W8A8LinearMethod if scheme.activations else DenseSparseLinearMethod
-            return kind(scheme, names, in_flight=self.in_flight)
+            # of several stages none has all layers
+            whole = not current or current.parallel_config.pipeline_parallel_size == 1
+            tell = {"when_built": self.tell_unmatched} if self.in_flight and whole else {}
+            return kind(scheme, names, in_flight=self.in_flight, **tell)
         if isinstance(layer, RoutedExperts):
             method = experts_method(layer, prefix, self._common_scheme)
             if method and self.in_flight:
@@ -111,6 +119,15 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, VocabParallelEmbedding) and not self.in_flight:
             return self._vocabulary_method(layer, prefix)
         return None
+
+    def tell_unmatched(self) -> None:
+        """Warns, once, of each pattern that no layer of the model has matched. It is no refusal, because vLLM does not
+        ask about every layer that a configuration may rightly name: routers, say, or those that only a draft has."""
+        asked, self._asked = self._asked, set()
+        patterns = (*self.scheme.overrides, *self.scheme.ignore) if self.scheme and asked else ()
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in (*asked, OUTPUT_HEAD)):
+                _LOG.warning("quantization_config: %r matches no layer that could be rounded", pattern)
 
     def _roundable(self, scheme: LayerScheme, columns: int, prefix: str) -> LayerScheme:
         """By which the layer ``prefix`` of ``columns`` inputs is rounded; the log says so once. Raises SchemeError."""
@@ -141,6 +158,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if scheme is None:
             return None
         check_output_head(scheme, prefix if head else OUTPUT_HEAD)
+        _refuse_score(prefix if head else OUTPUT_HEAD)
         if head:
             return OutputHeadMethod(scheme, [prefix])
         _refuse_draft(prefix)
@@ -155,8 +173,9 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
     def _common_scheme(self, prefix: str, names: list[str]) -> LayerScheme | None:
         """The scheme of the layers ``names`` that vLLM fuses into ``prefix``. Raises SchemeError where they differ."""
         from vllm_requant.in_flight import DEFAULT
-        from vllm_requant.names import scheme_of
+        from vllm_requant.names import original_names, scheme_of
 
+        self._asked.update(old for name in names for old in original_names(name, self.mappers))
         schemes = [scheme_of(name, self.scheme or DEFAULT, self.mappers) for name in names]
         for name, scheme in zip(names, schemes, strict=True):
             if scheme != schemes[0]:
@@ -164,6 +183,21 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
                     f"{prefix}: vLLM fuses {names[0]} and {name}, so both must be quantized alike or both ignored"
                 )
         return schemes[0]
+
+
+def _refuse_score(name: str) -> None:
+    """Raises SchemeError where vLLM would make a reranker's head of rows of the quantized output head ``name``, which
+    it reads as if they were weights."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    current = get_current_vllm_config_or_none()
+    model = current.model_config if current else None
+    configs = (model.hf_config, model.hf_text_config) if model and model.convert_type == "classify" else ()
+    if any(getattr(config, "classifier_from_token", None) for config in configs):
+        raise SchemeError(
+            f"{name}: a classifier can not be made of a quantized output head (classifier_from_token); quantize "
+            "without --quantize-lm-head"
+        )
 
 
 def _refuse_draft(prefix: str) -> None:

@@ -39,8 +39,16 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
     _dispatch: ModuleType  # prepare and warm_up of this kind
     _linear: Callable[..., torch.Tensor]  # and its operator
 
-    def __init__(self, scheme: LayerScheme, names: list[str], *, in_flight: bool = False) -> None:
-        self.scheme, self.names, self._in_flight = scheme, names, in_flight
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        names: list[str],
+        *,
+        in_flight: bool = False,
+        when_built: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``when_built``: to be called when vLLM has made all layers of the model."""
+        self.scheme, self.names, self._in_flight, self._when_built = scheme, names, in_flight, when_built
         self._processed = False
 
     def create_weights(  # noqa: PLR0917 (vLLM's signature)
@@ -81,6 +89,7 @@ class RequantLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
         Raises CheckpointError where tensors are missing: vLLM itself would serve uninitialised memory.
         """
+        self._when_built()
         prepared = self._finish_loading()
         tell_compile_cache(self._config, self.names, prepared)
         own = getattr(layer, "bias", None) is not None  # which vLLM passes, or adds itself

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from requant_kernels.layer import QuantizedLayer
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import ModelWeightParameter
 
 ShardId = str | int | tuple[int, ...] | None
@@ -61,8 +62,10 @@ class LocalIndex:
             raise refusal from None
         local = self._index.data.flatten()
         places = (local >= 0).nonzero().flatten()
-        # A tensor too long passes narrow(); but then the last rank does not reach its end.
-        if self._layer.tp_rank == self._layer.tp_size - 1 and int(local.max()) != length - 1:
+        # A tensor too long passes narrow(); but then the last rank does not reach its end. A vocabulary's loader looks
+        # at the length itself, and its last rank may hold nothing but padding.
+        last = self._layer.tp_rank == self._layer.tp_size - 1 and not isinstance(self._layer, VocabParallelEmbedding)
+        if last and int(local.max()) != length - 1:
             raise refusal
         return places, local[places]
 

@@ -31,6 +31,11 @@ class VocabularyMethod(W8A8LinearMethod):
 class OutputHeadMethod(VocabularyMethod):
     """Logits of an output head with a weight of its own."""
 
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """``layer`` is another one where vLLM has taken the head out: an embedding model has none."""
+        if isinstance(layer, ParallelLMHead):
+            super().process_weights_after_loading(layer)
+
     def tie_weights(self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding) -> ParallelLMHead:
         """``layer`` without tensors: those of ``embed_tokens`` serve it.
 

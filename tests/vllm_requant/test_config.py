@@ -25,7 +25,7 @@ from vllm_requant import names
 from vllm_requant.config import RequantConfig
 from vllm_requant.linear import DenseSparseLinearMethod
 from vllm_requant.tensor_parallel import refuse_degree
-from vllm_requant.vocabulary import EmbeddingMethod
+from vllm_requant.vocabulary import EmbeddingMethod, OutputHeadMethod
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
 QKV, BLOCK = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn"
@@ -220,6 +220,38 @@ def test_a_checkpoint_is_not_what_an_override_says(folder):
         other.maybe_update_config(str(folder({"quantization_config": CheckpointScheme(W4).to_dict()})))
 
 
+def test_a_checkpoint_is_not_what_the_config_of_another_folder_says(folder):
+    """--quantization requant, and a file at --hf-config-path that declares nothing."""
+    silent = RequantConfig()
+    with pytest.raises(SchemeError, match=r"neither --hf-overrides nor --hf-config-path can say otherwise$"):
+        silent.maybe_update_config(str(folder({"quantization_config": CheckpointScheme(W4).to_dict()})))
+
+
+@pytest.mark.parametrize("stored", [None, CheckpointScheme(W4).to_dict()], ids=["ordinary", "quantized"])
+def test_what_a_folder_without_config_holds_says_the_file_at_hf_config_path(stored, folder, tmp_path):
+    (tmp_path / "weights").mkdir()
+    asked, elsewhere = config(), folder({"quantization_config": stored})
+    asked.maybe_update_config(str(tmp_path / "weights"), PreTrainedConfig(name_or_path=str(elsewhere)))
+    assert asked.in_flight == (stored is None)
+
+
+@pytest.mark.parametrize(("convert", "tokens"), [("classify", ["no", "yes"]), ("classify", None), ("none", ["no"])])
+def test_no_classifier_is_made_of_a_quantized_head(convert, tokens, monkeypatch):
+    hf_config = PreTrainedConfig(tie_word_embeddings=True, classifier_from_token=tokens)
+    model = SimpleNamespace(convert_type=convert, hf_config=hf_config, hf_text_config=hf_config)
+    current = SimpleNamespace(speculative_config=None, model_config=model)
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: current)
+    monkeypatch.setattr("vllm_requant.tensor_parallel.refuse_degree", lambda _: None)
+    some = config(overrides={"lm_head": HEAD_SCHEME})
+    some.hf_config = hf_config
+    for kind, method in ((ParallelLMHead, OutputHeadMethod), (VocabParallelEmbedding, EmbeddingMethod)):
+        if convert == "none" or not tokens:
+            assert isinstance(some.get_quant_method(layer(kind), "lm_head"), method)
+            continue
+        with pytest.raises(SchemeError, match=r"^lm_head: a classifier can not be made of a quantized output head"):
+            some.get_quant_method(layer(kind), "lm_head")
+
+
 @pytest.mark.parametrize(("method", "refused"), [("eagle", True), ("eagle3", True), ("mtp", False), ("ngram", False)])
 def test_quantized_embeddings_are_not_shared_with_a_draft(method, refused, monkeypatch):
     """vLLM compares the width of its embeddings with that of our layout (v1/spec_decode/llm_base_proposer.py)."""
@@ -248,6 +280,22 @@ def test_what_rounding_alone_can_not_make_is_refused_by_name(scheme, columns, me
     asked.maybe_update_config(str(folder({})))
     with pytest.raises(SchemeError, match=rf"^{BLOCK}\.o_proj: {message}"):
         asked.get_quant_method(linear(columns), f"{BLOCK}.o_proj")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_pattern_that_matches_nothing_is_told_where_one_process_has_all_layers(stages, folder, monkeypatch):
+    current = SimpleNamespace(model_config=None, parallel_config=SimpleNamespace(pipeline_parallel_size=stages))
+    monkeypatch.setattr("vllm.config.get_current_vllm_config_or_none", lambda: current)
+    told = []
+    monkeypatch.setattr("vllm_requant.config._LOG.warning", lambda text, *values: told.append(text % values))
+    patterns = {"overrides": {r".*k_proj": W4, r".*down": W4}, "ignore": (r".*\.0\..*o_proj", "lm_head", "o_proj")}
+    asked = config(**patterns)
+    asked.maybe_update_config(str(folder({})))
+    methods = [asked.get_quant_method(linear(128), name) for name in (QKV, f"{BLOCK}.o_proj", "model.layers.0.fc")]
+    for method in (methods[0], methods[2]):
+        method._when_built()
+    wanted = [f"quantization_config: {name!r} matches no layer that could be rounded" for name in (".*down", "o_proj")]
+    assert told == (wanted if stages == 1 else [])
 
 
 # -- tensor parallelism --

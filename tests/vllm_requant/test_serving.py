@@ -192,6 +192,7 @@ def one_rank(folder, mixed, stored, heads, expected) -> dict[str, dict]:
     jobs["dummy head"] = jobs["dummy"] | {"model": heads["tied"]}
     jobs["in flight"] = common | {"model": folder / "opt", "dtype": "float32", "quantization": "requant"}
     asked = json.loads((stored["in flight by overrides"] / "config.json").read_text())["quantization_config"]
+    asked["ignore"].append("o_proj")  # no whole name
     overrides = {"hf_overrides": {"quantization_config": asked}}
     jobs["in flight by overrides"] = common | {"model": folder / "qwen2", "dtype": "float32"} | overrides
     jobs |= {kind: jobs["in flight"] | {"model": folder / kind} for kind in OTHERS}
@@ -240,6 +241,11 @@ def test_the_log_says_how_layers_are_rounded_once(one_rank, folder):
     log = (folder / "one rank" / "log").read_text()
     for scheme in ("w4 g64 asym", "w3 g32 sym", "w8 row sym"):
         assert log.count(f"rounded to nearest while they are loaded: {scheme}") == 1
+
+
+def test_the_log_tells_of_a_pattern_that_matches_nothing(one_rank, folder):
+    log = (folder / "one rank" / "log").read_text()
+    assert re.findall(r"quantization_config: (\S+) matches no layer", log) == ["'o_proj'"]
 
 
 @pytest.mark.parametrize("name", TAMPERED)

@@ -14,6 +14,7 @@ from requant_kernels.w8a8.weight import W8A8Weight
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import StageMissingLayer
 
 from tests.kernels.strategies import random_w8a8
 from vllm_requant.config import RequantConfig
@@ -28,7 +29,8 @@ def quantization(tied: bool) -> RequantConfig:
     config = RequantConfig(CheckpointScheme(LayerScheme(WeightScheme(4)), overrides={"lm_head": HEAD_SCHEME}))
     text = SimpleNamespace(tie_word_embeddings=tied)
     # a folder, which vLLM does not look for on the hub
-    config.maybe_update_config(str(Path(__file__).parent), SimpleNamespace(get_text_config=lambda: text))
+    whole = SimpleNamespace(get_text_config=lambda: text, name_or_path="")
+    config.maybe_update_config(str(Path(__file__).parent), whole)
     return config
 
 
@@ -131,14 +133,17 @@ def test_codes_are_kept_twice_only_where_a_product_hides_them(name, monkeypatch)
     assert_logits(head, weight, torch.float32)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "ranks"), [(0, 2), (1, 2), (3, 4), (7, 8)], ids=["whole", "padded", "one token", "padding only"]
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_rank_takes_its_part_of_the_vocabulary(tied, rank, monkeypatch):
+def test_a_rank_takes_its_part_of_the_vocabulary(tied, rank, ranks, monkeypatch):
     monkeypatch.setattr(vocab_parallel_embedding, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(vocab_parallel_embedding, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(vocab_parallel_embedding, "get_tensor_model_parallel_world_size", lambda: ranks)
     monkeypatch.setattr(vocab_parallel_embedding, "tensor_model_parallel_all_reduce", lambda part: part)
     weight = stored()
-    part = weight.take_rows(torch.arange(64) if rank == 0 else torch.arange(64, TOKENS))
+    share = 128 // ranks
+    part = weight.take_rows(torch.arange(min(rank * share, TOKENS), min((rank + 1) * share, TOKENS)))
     head = build(ParallelLMHead, tied=tied, prefix="lm_head")
     layer = build(VocabParallelEmbedding, tied=tied) if tied else head
     if tied:
@@ -148,9 +153,15 @@ def test_a_rank_takes_its_part_of_the_vocabulary(tied, rank, monkeypatch):
     assert_logits(head, part, torch.float32)
     if tied:
         tokens = torch.tensor([3, 63, 64, 96])
-        here = (tokens < 64) == (rank == 0)
+        here = tokens // share == rank
         expected = torch.where(here[:, None], rows(weight)[tokens], 0.0).float()
         assert torch.equal(layer(tokens), expected)
+
+
+def test_an_embedding_model_needs_no_head():
+    """vLLM takes it out (models/adapters.py) and hands another layer to its method, when no tensor has come."""
+    head = build(ParallelLMHead, tied=False, prefix="lm_head")
+    head.quant_method.process_weights_after_loading(StageMissingLayer("output", head))
 
 
 def test_embeddings_stay_as_they_are_where_the_head_is_not_tied_to_them():
