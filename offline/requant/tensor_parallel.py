@@ -13,8 +13,10 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     """One line for each layer of a block that can not be split over ``degree`` ranks; empty where all can. Of all MLPs
     of a block, and of its experts, one line for each width."""
     config = model.config
-    linears = models.linears(model, models.ARCHITECTURES[config.model_type])
-    query, key, *_, last = linears
+    architecture = models.ARCHITECTURES[config.model_type]
+    linears = models.linears(model, architecture)
+    first, *_, last = linears
+    key = first.removesuffix(architecture.linears[0]) + architecture.stages[0][-2:][0]  # or what makes all three
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     downs = {
@@ -22,7 +24,7 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     }
     lines: dict[str, None] = {}  # in order, each once
     for width, down in downs.items():
-        layer_of = {"heads": query, "key_value_heads": key, "width": down}
+        layer_of = {"heads": first, "key_value_heads": key, "width": down}
         found = tensor_parallel.obstacles(tensor_parallel.Shape(heads, kv_heads, width), degree)
         lines |= dict.fromkeys(f"{layer_of[field]}: {why}" for field, why in found.items())
     return list(lines)

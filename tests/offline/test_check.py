@@ -322,6 +322,17 @@ def test_a_degree_that_is_not_possible_is_named_with_its_layers(degree, expected
         assert f"{degree} ranks" in line
 
 
+def test_a_layer_that_makes_queries_keys_and_values_at_once_is_named_for_either(tiny, tmp_path):
+    api.quantize(tiny("phi3"), tmp_path / "out", Recipe(WeightScheme(4, 32)))
+    lines = [str(defect) for defect in api.check(tmp_path / "out", tensor_parallel=(3,))]
+    fused = "config.json: model.layers.0.self_attn.qkv_proj"
+    assert [line.partition(": 3 ranks")[0].rpartition(" heads")[0] for line in lines[:2]] == [
+        f"{fused}: 4 attention",
+        f"{fused}: 2 key/value",
+    ]
+    assert lines[2].startswith("config.json: model.layers.0.mlp.down_proj: 128 inner")
+
+
 def test_groups_that_a_degree_cuts_are_told_and_are_no_defects(quantized, llama, tmp_path):
     """Group 32: four ranks have 16 columns each of o_proj and 32 of down_proj."""
     assert api.tensor_parallel_remarks(quantized, (1, 2)) == []

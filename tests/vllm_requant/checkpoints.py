@@ -81,9 +81,13 @@ EXPERT_CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def random_model(kind: str, folder: Path) -> Path:
+    return random_of((CONFIGS | OTHERS | HEADS | EXPERT_CONFIGS)[kind], folder)
+
+
+def random_of(config: PreTrainedConfig, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config((CONFIGS | OTHERS | HEADS | EXPERT_CONFIGS)[kind], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in model.parameters():  # biases and norms are trivial otherwise
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)

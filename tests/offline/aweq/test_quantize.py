@@ -37,7 +37,9 @@ def difference(folder, original):
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "opt"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "phi3", "cohere", "nemotron", "exaone4"]
+)
 def test_every_kind_of_model_survives_w8a8(kind, mode, tiny, tmp_path):
     source, out = tiny(kind), tmp_path / "out"
     report = api.quantize(source, out, Recipe(W8A8_WEIGHTS, activations=Activations(mode), **BOTH))
@@ -45,7 +47,7 @@ def test_every_kind_of_model_survives_w8a8(kind, mode, tiny, tmp_path):
     assert difference(out, source) < 0.05
     rows, _ = api.inspect(out)
     assert {row.describe().split(" + ")[0] for row in rows if row.scheme} <= {"w8a8 static", "w8a8 dynamic"}
-    assert [row.scheme for row in rows] == [row.scheme for row in report.layers]
+    assert {row.name: row.scheme for row in rows} == {row.name: row.scheme for row in report.layers}
     assert any("bias correction kept in" in line for line in report.remarks())
 
 

@@ -139,6 +139,6 @@ def test_a_parameter_that_leaves_the_dtype_is_equalizations_fault():
 
 def test_unknown_pairs_are_named_with_the_way_out():
     model = tiny_model("mistral")
-    bare = models.Architecture(blocks="model.layers", linears=(), norms=(), fused=())
+    bare = models.Architecture(blocks="model.layers", linears=(), others=(), fused=())
     with pytest.raises(InputError, match=r"architecture 'mistral': no equalization pairs are known .*--equalize none"):
         Rewriter.of(model.config, bare, torch.float32)
