@@ -15,7 +15,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from requant import models
+from requant import architectures, models
 from requant.markdown import table
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
@@ -30,7 +30,7 @@ KEYS = ("row_offsets", "columns", "values")
 
 def sparse_parts(stored: StoredCheckpoint) -> dict[str, SparsePart]:
     """By layer; layers without entries are left out."""
-    architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
+    architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
     model = models.skeleton(auto_config(resolve(stored.folder)))
     parts = {}
     for name, linear in models.linears(model, architecture).items():

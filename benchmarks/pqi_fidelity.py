@@ -17,7 +17,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import torch
-from requant import models, sources
+from requant import architectures, models, sources
 from requant.calibration import read_windows
 from requant.markdown import table
 from requant.sensitivity import pqi
@@ -34,7 +34,7 @@ RULES: tuple[Rule, ...] = ("midpoint", "trapezoid", "paper")
 def path_of(arguments: argparse.Namespace) -> tuple[pqi.Path, list[torch.Tensor]]:
     source = sources.resolve(arguments.model)
     network = sources.load(source, torch.float32).requires_grad_(False)
-    architecture = models.ARCHITECTURES[network.config.model_type]
+    architecture = architectures.ARCHITECTURES[network.config.model_type]
     calibration = Calibration(arguments.calibration, arguments.samples, arguments.length)
     scheme = WeightScheme(arguments.bits, arguments.group_size, symmetric=False)
     weights = {name: linear.get_parameter("weight") for name, linear in models.linears(network, architecture).items()}

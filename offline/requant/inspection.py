@@ -8,7 +8,7 @@ from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
 from transformers import PreTrainedModel
 
-from requant import models, output_head
+from requant import architectures, models, output_head
 from requant.report import ROUTER, LayerRow, Totals
 from requant.sources import auto_config, resolve
 from requant.stored import StoredCheckpoint, open_checkpoint
@@ -19,7 +19,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
     stored = open_checkpoint(folder)
     if stored.defects:
         raise CheckpointError(str(stored.defects[0]))
-    architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
+    architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
     model = models.skeleton(auto_config(resolve(folder)))
     try:
         rows = [
@@ -35,7 +35,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
     return [*rows, head], Totals.of(rows, head, sum(tensor.nbytes for tensor in stored.tensors.values()))
 
 
-def _head_row(stored: StoredCheckpoint, model: PreTrainedModel, architecture: models.Architecture) -> LayerRow:
+def _head_row(stored: StoredCheckpoint, model: PreTrainedModel, architecture: architectures.Architecture) -> LayerRow:
     weight, reason = models.head(model, architecture)
     scheme = output_head.scheme_of(stored.scheme, model.config)
     if scheme is None:

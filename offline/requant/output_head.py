@@ -3,20 +3,20 @@
 from requant_kernels.scheme import CheckpointScheme, LayerScheme, check_output_head
 from transformers import PreTrainedConfig
 
-from requant import models
+from requant import architectures
 from requant.errors import InputError
 
 
 def stored_name(config: PreTrainedConfig) -> str:
     """The layer whose tensors are the head's: the embeddings where it is tied to them."""
-    architecture = models.ARCHITECTURES[config.model_type]
+    architecture = architectures.ARCHITECTURES[config.model_type]
     return architecture.embeddings if config.tie_word_embeddings else architecture.head
 
 
 def scheme_of(scheme: CheckpointScheme, config: PreTrainedConfig) -> LayerScheme | None:
     """How the head is stored, None where it is stored as it was. Raises SchemeError for a scheme that no head can have,
     InputError for a model whose head vLLM can not quantize."""
-    architecture = models.ARCHITECTURES[config.model_type]
+    architecture = architectures.ARCHITECTURES[config.model_type]
     chosen = scheme.for_layer(architecture.head)
     if chosen:
         check_output_head(chosen, architecture.head)

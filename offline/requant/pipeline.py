@@ -16,7 +16,7 @@ from requant_kernels.weight import MODEL_DTYPES
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from requant import models, output_head, sources
+from requant import architectures, models, output_head, sources
 from requant.aweq import int8
 from requant.calibrated.run import Calibrated, CalibratedRun
 from requant.calibrated.subject import Subject
@@ -65,7 +65,7 @@ def run(
         network = sources.load(source)
         original_bytes = sum(parameter.nbytes for parameter in network.parameters())
         shards = ShardWriter(folder, max_shard_bytes)
-        architecture = models.ARCHITECTURES[network.config.model_type]
+        architecture = architectures.ARCHITECTURES[network.config.model_type]
         kept = folder_of(out) if resume else None
         calibrated = None
         if windows:
@@ -100,7 +100,7 @@ def run(
 class _Walk:
     """Once through a model, block by block: every tensor ends in ``shards``, every linear layer in a row."""
 
-    architecture: models.Architecture
+    architecture: architectures.Architecture
     scheme: CheckpointScheme
     recipe: Recipe
     device: torch.device
@@ -133,8 +133,8 @@ class _Walk:
 
     def _write_block(self, prefix: str, block: nn.Module) -> list[LayerRow]:
         rows, architecture = [], self.architecture.of(block)
-        for local, parameter in block.named_parameters():
-            name, tensor = f"{prefix}.{local}", _checked(f"{prefix}.{local}", parameter.detach())
+        for local, stored_tensor in models.stored_tensors(block):
+            name, tensor = f"{prefix}.{local}", _checked(f"{prefix}.{local}", stored_tensor)
             layer = name.removesuffix(".weight")
             linear = local.removesuffix(".weight") in architecture.linears
             scheme = self.scheme.for_layer(layer) if linear else None
@@ -188,7 +188,7 @@ def _windows(source: sources.Source, config: PreTrainedConfig, recipe: Recipe) -
 
 
 def _subject(network: PreTrainedModel, scheme: CheckpointScheme, recipe: Recipe, stores: Stores) -> Subject:
-    architecture = models.ARCHITECTURES[network.config.model_type]
+    architecture = architectures.ARCHITECTURES[network.config.model_type]
     for name, parameter in network.named_parameters():
         _checked(name, parameter.detach())
     schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}

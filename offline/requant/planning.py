@@ -10,7 +10,7 @@ from requant_kernels.packing import WORD
 from requant_kernels.scheme import GROUP_SIZES, HEAD_SCHEME, CheckpointScheme, LayerScheme
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from requant import models, output_head
+from requant import architectures, models, output_head
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
 from requant.recipe import Recipe
@@ -19,7 +19,7 @@ from requant.settings import CODEBOOK, EQUALIZED
 
 def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> CheckpointScheme:
     """The scheme to be written into config.json. Raises InputError naming the layer, the reason and the way out."""
-    architecture = models.ARCHITECTURES[config.model_type]
+    architecture = architectures.ARCHITECTURES[config.model_type]
     model = models.skeleton(config)
     linears = models.linears(model, architecture)
     if recipe.equalization.wanted:
@@ -88,7 +88,7 @@ def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:
             )
 
 
-def _routers(architecture: models.Architecture) -> list[str]:
+def _routers(architecture: architectures.Architecture) -> list[str]:
     """Patterns of what decides between experts: small, and a wrong decision costs more than any rounding."""
     return [rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(name)}" for name in architecture.routers]
 
@@ -109,7 +109,7 @@ def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:
 def split_fused(scheme: CheckpointScheme, model: PreTrainedModel) -> list[str]:
     """One line for every set of layers that vLLM runs as one, or with one method, and that ``scheme`` stores in ways
     that do not go together."""
-    architecture = models.ARCHITECTURES[model.config.model_type]
+    architecture = architectures.ARCHITECTURES[model.config.model_type]
     lines = []
     for prefix, block in models.blocks(model, architecture):
         for members in architecture.of(block).fused:

@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from requant.architectures import architecture_of
 from requant.errors import InputError
-from requant.models import architecture_of, as_stored
+from requant.models import as_stored
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

@@ -12,7 +12,7 @@ from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import tensor_names
 from transformers import PreTrainedModel
 
-from requant import models, output_head
+from requant import architectures, models, output_head
 from requant.errors import InputError
 from requant.planning import split_fused
 from requant.sources import auto_config, resolve
@@ -27,7 +27,8 @@ _STEPS = ("input_scale", "input_zero_point")
 @dataclass(frozen=True)
 class Expected:
     """What config.json promises: (scheme, [N, K]) of each quantized layer by the name that it is stored under, the
-    shapes of all other tensors, and the dtype of every floating-point tensor as safetensors spells it."""
+    shapes of all other tensors, and the dtype of every floating-point tensor as safetensors spells it; buffers, such as
+    biases of routers, may be float32 in any model."""
 
     skeleton: PreTrainedModel
     layers: dict[str, tuple[LayerScheme, tuple[int, int]]]
@@ -38,7 +39,7 @@ class Expected:
     def of(cls, stored: StoredCheckpoint) -> "Expected":
         """Raises InputError where config.json describes no model that is supported, SchemeError for an output head that
         is not."""
-        architecture = models.architecture_of(str(stored.config.get("model_type")), "config.json")
+        architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
         dtype = _SPELLING.get(str(stored.dtype))
         if dtype is None:
             raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
@@ -85,7 +86,7 @@ def remarks(folder: Path, degrees: tuple[int, ...]) -> Iterator[str]:
 
 
 def _quantized_routers(stored: StoredCheckpoint, model: PreTrainedModel) -> Iterator[str]:
-    for name in models.routers(model, models.ARCHITECTURES[model.config.model_type]):
+    for name in models.routers(model, architectures.ARCHITECTURES[model.config.model_type]):
         if stored.scheme.for_layer(name):
             yield f"{name}: a router is stored as it is, so a pattern of 'ignore' must match it"
 
@@ -98,8 +99,10 @@ def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]
         for name in tensor_names(scheme):
             known.add(f"{layer}.{name}")
             yield from _tensor(stored, f"{layer}.{name}", shapes.get(name), expected.dtype)
+    buffers = {name for name, _ in expected.skeleton.named_buffers()}
     for name, shape in expected.others.items():
-        yield from _tensor(stored, name, shape, expected.dtype, exact=True)
+        wide = name in buffers and name in stored.tensors and stored.tensors[name].dtype == "F32"
+        yield from _tensor(stored, name, shape, "F32" if wide else expected.dtype, exact=True)
     for name in sorted(stored.tensors.keys() - known):
         yield Defect(stored.tensors[name].file, f"{name}: not expected in this model")
 
@@ -142,7 +145,7 @@ def _contents(stored: StoredCheckpoint, expected: Expected, unreadable: set[str]
 def _differing_steps(
     stored: StoredCheckpoint, model: PreTrainedModel, steps: dict[str, torch.Tensor]
 ) -> Iterator[Defect]:
-    for members in models.shared_schemes(model, models.ARCHITECTURES[model.config.model_type]):
+    for members in models.shared_schemes(model, architectures.ARCHITECTURES[model.config.model_type]):
         for step in _STEPS:
             first, *others = [f"{member}.{step}" for member in members]
             for name in others:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from requant.architectures import ARCHITECTURES
 from requant.cli import main
-from requant.models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 

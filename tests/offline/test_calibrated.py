@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import api, models
+from requant import api, architectures, models
 from requant.calibrated import entries
 from requant.calibrated.run import CalibratedRun
 from requant.calibrated.subject import Subject
@@ -33,9 +33,9 @@ def windows(count: int) -> Windows:
 
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
-    names = models.linears(model, models.LLAMA)
+    names = models.linears(model, architectures.LLAMA)
     schemes = dict.fromkeys(names, recipe.layer_scheme)
-    return CalibratedRun(Subject(model, models.LLAMA, schemes, recipe, torch.bfloat16))
+    return CalibratedRun(Subject(model, architectures.LLAMA, schemes, recipe, torch.bfloat16))
 
 
 def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
@@ -55,7 +55,7 @@ def test_every_base_gives_a_working_model(micro_llama: Path, model: nn.Module, b
     weights = CODEBOOK if base == "kmeans" else UNIFORM
     recipe = Recipe(weights, base, significant=sparse, selection=Selection(intervals=1), training=FEW)
     calibrated = run_of(model, recipe).quantize(windows(4))
-    linears = models.linears(model, models.LLAMA)
+    linears = models.linears(model, architectures.LLAMA)
     assert calibrated.layers.keys() == linears.keys()
     entries = sum(layer.sparse.nnz for layer in calibrated.layers.values() if layer.sparse)
     assert entries == round(sparse * sum(linear.weight.numel() for linear in linears.values()))
@@ -79,7 +79,7 @@ def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module)
     assert len(after.divergences) == 8
     found = []
     for calibrated in (before, after):
-        for name, linear in models.linears(model, models.LLAMA).items():
+        for name, linear in models.linears(model, architectures.LLAMA).items():
             linear.weight.data.copy_(dequantize(calibrated.layers[name]))
         found.append(sum(divergence(model, original, ids) for ids in windows(4).ids))
     assert found[1] < 0.8 * found[0]
@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
 def test_outliers_and_significant_weights_add_up(model: nn.Module, rule: str) -> None:
     recipe = Recipe(UNIFORM, "clip", outliers=0.004, significant=0.001, selection=Selection(rule, "pqi", 2, 1))
     calibrated = run_of(model, recipe).quantize(windows(4))
-    total = sum(linear.weight.numel() for linear in models.linears(model, models.LLAMA).values())
+    total = sum(linear.weight.numel() for linear in models.linears(model, architectures.LLAMA).values())
     entries = sum(layer.sparse.nnz for layer in calibrated.layers.values())
     assert entries == pytest.approx(0.005 * total, rel=0.01)
     assert len(calibrated.integrals) == 2
@@ -152,11 +152,11 @@ def test_a_model_that_does_not_fit_is_one_line(micro_llama: Path, tmp_path: Path
 def test_a_target_of_true_bits_is_met(model: nn.Module, mixed: bool) -> None:
     recipe = Recipe(UNIFORM, "rtn", target_bits=3.7, mixed=mixed, selection=Selection(intervals=1))
     layers = run_of(model, recipe).quantize(windows(3)).layers
-    numel = sum(linear.weight.numel() for linear in models.linears(model, models.LLAMA).values())
+    numel = sum(linear.weight.numel() for linear in models.linears(model, architectures.LLAMA).values())
     assert 3.69 <= sum(layer.stored_bits() for layer in layers.values()) / numel <= 3.7
     schemes = {layer.scheme.weights for layer in layers.values()}
     assert (len(schemes) > 1) == mixed
-    for unit in models.shared_schemes(model, models.LLAMA):
+    for unit in models.shared_schemes(model, architectures.LLAMA):
         assert len({layers[name].scheme for name in unit}) == 1
 
 
@@ -175,7 +175,7 @@ def test_weights_restored_afterwards_leave_the_dense_part_alone(micro_llama: Pat
     before = run_of(causal_lm(micro_llama), plain).quantize(windows(3)).layers
     network = causal_lm(micro_llama)
     after = run_of(network, replace(plain, significant=0.001)).quantize(windows(3)).layers
-    linears = models.linears(network, models.LLAMA)
+    linears = models.linears(network, architectures.LLAMA)
     more = 0
     for name, layer in after.items():
         assert torch.equal(layer.packed, before[name].packed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import api, models
+from requant import api, architectures, models
 from requant.aweq.settings import Activations
 from requant.calibrated.run import CalibratedRun
 from requant.calibrated.subject import Subject
@@ -38,6 +38,17 @@ EXPERTS = {
         "decoder_sparse_step": 2,  # the first block is dense
     },
     "qwen3_moe": SIZES | {"num_experts": 4, "moe_intermediate_size": 64},
+    "olmoe": SIZES | {"num_experts": 4},
+    # the first block is dense; a bias decides which experts a token takes, and not with what weight
+    "glm4_moe": SIZES
+    | {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "use_qk_norm": True,
+    },
 }
 IDS = torch.arange(1, 40)[None]
 
@@ -58,7 +69,24 @@ def test_unfused_experts_compute_what_transformers_does_and_are_called_as_in_the
         expected = original(IDS).logits
         unfused = load(resolve(model), torch.float32)
         torch.testing.assert_close(unfused(IDS).logits, expected, atol=1e-6, rtol=1e-5)
-    assert dict(unfused.named_parameters()).keys() == load_file(model / "model.safetensors").keys()
+    assert dict(models.stored_tensors(unfused)).keys() == load_file(model / "model.safetensors").keys()
+
+
+def test_what_is_no_parameter_is_stored_as_well(tiny, tmp_path):
+    source, out = tiny("glm4_moe", **EXPERTS["glm4_moe"]), tmp_path / "out"
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(source / "model.safetensors")
+    tensors[bias] = torch.arange(4.0)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    api.quantize(source, out, Recipe(W4))
+    stored = load_file(out / "model.safetensors")
+    assert stored[bias].dtype == torch.float32
+    assert torch.equal(stored[bias], tensors[bias])
+    assert torch.equal(api.load_quantized(out).get_buffer(bias), tensors[bias])
+    save_file(stored | {bias: stored[bias].half()}, out / "model.safetensors", {"format": "pt"})
+    assert [str(defect) for defect in api.check(out)] == [
+        f"model.safetensors: {bias}: dtype F16, but BF16 by config.json"
+    ]
 
 
 def test_every_expert_is_stored_checked_listed_and_loaded(model, tmp_path):
@@ -69,7 +97,7 @@ def test_every_expert_is_stored_checked_listed_and_loaded(model, tmp_path):
     assert total == report.total
     assert {row.name for row in rows} == {row.name for row in report.layers}
     original = load(resolve(model), torch.float32)
-    linears = models.linears(original, models.ARCHITECTURES[original.config.model_type])
+    linears = models.linears(original, architectures.ARCHITECTURES[original.config.model_type])
     assert {row.name for row in report.layers if row.scheme} == set(linears)
     routers = {row.name for row in report.layers if row.reason == "router"}
     assert {name.rpartition(".")[2] for name in routers} <= {"gate", "shared_expert_gate"}
@@ -152,10 +180,10 @@ def test_what_is_calibrated_through_experts(more, starved):
     network = load(resolve(starved), torch.float32).requires_grad_(False)
     original = deepcopy(network)
     recipe = Recipe(**{"weights": W4, "calibration": Calibration(unreached="rtn")} | more)
-    linears = models.linears(network, models.MIXTRAL)
+    linears = models.linears(network, architectures.MIXTRAL)
     schemes = dict.fromkeys(linears, recipe.layer_scheme)
     ids = [torch.randint(2048, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    run = CalibratedRun(Subject(network, models.MIXTRAL, schemes, recipe, torch.bfloat16))
+    run = CalibratedRun(Subject(network, architectures.MIXTRAL, schemes, recipe, torch.bfloat16))
     calibrated = run.quantize(Windows(ids, "random", "0"))
     assert calibrated.layers.keys() == linears.keys()
     assert calibrated.unreached == STARVED

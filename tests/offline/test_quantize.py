@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from requant import api
+from requant.architectures import ARCHITECTURES
 from requant.detach import outliers
-from requant.models import ARCHITECTURES
 from requant.pipeline import REPORT_FILE
 from requant.recipe import Recipe
 from requant_kernels.reference import dequantize

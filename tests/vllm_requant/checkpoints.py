@@ -88,9 +88,9 @@ def random_of(config: PreTrainedConfig, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():  # biases and norms are trivial otherwise
-        if parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    for tensor in (*model.parameters(), *model.buffers()):  # biases and norms are trivial otherwise
+        if tensor.dim() == 1 and tensor.dtype.is_floating_point:
+            tensor.data += 0.1 * torch.randn_like(tensor)
     model.save_pretrained(folder)
     return folder
 

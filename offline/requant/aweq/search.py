@@ -8,6 +8,7 @@ import torch
 from requant_kernels.scheme import ActivationScheme, LayerScheme
 from torch import nn
 
+from requant.architectures import Pair
 from requant.aweq.equalization import ChannelRange, scales
 from requant.aweq.installed import RoundInput
 from requant.aweq.observe import input_ranges
@@ -15,7 +16,6 @@ from requant.aweq.rewrite import Rewriter
 from requant.aweq.settings import SEARCH, Equalization
 from requant.aweq.static_range import of_bounds
 from requant.aweq.trial import Trial, restored
-from requant.models import Pair
 
 ALPHAS = tuple(step / 10 for step in range(2, 11))  # below, weights lose more than activations gain
 

@@ -10,11 +10,11 @@ from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 from transformers import PreTrainedConfig
 
+from requant.architectures import Architecture
 from requant.aweq.ending import Ending
 from requant.aweq.rewrite import Rewriter
 from requant.aweq.search import Equalizer
 from requant.aweq.settle import Note, Settler, Side
-from requant.models import Architecture
 from requant.recipe import Recipe
 from requant.walk import run_block
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from requant import models
+from requant import architectures, models
 from requant.aweq.ending import Ending
 from requant.walk import block_calls, run_block
 
@@ -14,7 +14,7 @@ SAMPLES = [torch.randint(0, 64, (1, 16), generator=torch.Generator().manual_seed
 @pytest.fixture
 def case():
     model = tiny_model("llama with grouped queries")
-    blocks = [block for _, block in models.blocks(model, models.ARCHITECTURES[model.config.model_type])]
+    blocks = [block for _, block in models.blocks(model, architectures.ARCHITECTURES[model.config.model_type])]
     return blocks, block_calls(model, blocks, SAMPLES)
 
 

@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from requant import models
+from requant import architectures, models
 from requant.aweq.equalization import FLOOR, ChannelRange, scales
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
@@ -16,7 +16,7 @@ IDS = torch.randint(0, 64, (4, 24), generator=torch.Generator().manual_seed(1))
 
 
 def rewriter_of(config, dtype=torch.float32):
-    return Rewriter.of(config, models.ARCHITECTURES[config.model_type], dtype)
+    return Rewriter.of(config, architectures.ARCHITECTURES[config.model_type], dtype)
 
 
 def relative_error(found, expected):
@@ -35,7 +35,7 @@ def test_the_rewritten_model_is_the_same_function(name, index):
     pair = rewriter.pairs[index]
     generator = torch.Generator().manual_seed(index)
     changed = False
-    for _, block in models.blocks(model, models.ARCHITECTURES[model.config.model_type]):
+    for _, block in models.blocks(model, architectures.ARCHITECTURES[model.config.model_type]):
         before = [block.get_submodule(consumer).weight.clone() for consumer in pair.consumers]
         channels = len(rewriter.weight_range(block, pair, "minmax"))
         rewriter.apply(block, pair, torch.exp(torch.randn(channels, generator=generator) * 2))
@@ -57,7 +57,7 @@ def test_pairs_that_are_not_exact_are_left_out():
 def test_at_one_half_both_ranges_of_every_channel_become_equal(name, kind):
     model = tiny_model(name)
     rewriter = rewriter_of(model.config)
-    blocks = [block for _, block in models.blocks(model, models.ARCHITECTURES[model.config.model_type])]
+    blocks = [block for _, block in models.blocks(model, architectures.ARCHITECTURES[model.config.model_type])]
     calls = block_calls(model, blocks, [IDS])
     for pair in rewriter.pairs:
         seen = observe(blocks[0], pair.consumers[0], calls)
@@ -88,7 +88,7 @@ def test_a_norm_that_is_stored_in_bfloat16_loses_nothing_but_of_its_bias(name):
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
         original = deepcopy(model)
-        for prefix, block in models.blocks(model, models.ARCHITECTURES[model.config.model_type]):
+        for prefix, block in models.blocks(model, architectures.ARCHITECTURES[model.config.model_type]):
             pair = rewriter.pairs[0]
             rewriter.apply(block, pair, torch.rand(64) * 3 + 0.1)
             norm = block.get_submodule(pair.producer)
@@ -139,6 +139,6 @@ def test_a_parameter_that_leaves_the_dtype_is_equalizations_fault():
 
 def test_unknown_pairs_are_named_with_the_way_out():
     model = tiny_model("mistral")
-    bare = models.Architecture(blocks="model.layers", linears=(), others=(), fused=())
+    bare = architectures.Architecture(blocks="model.layers", linears=(), others=(), fused=())
     with pytest.raises(InputError, match=r"architecture 'mistral': no equalization pairs are known .*--equalize none"):
         Rewriter.of(model.config, bare, torch.float32)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from requant import models
+from requant import architectures, models
 from requant.aweq.observe import input_ranges
 from requant.aweq.rewrite import Rewriter
 from requant.aweq.search import Equalizer, roundings
@@ -35,7 +35,7 @@ def outliers(model):
 
 
 def equalizer_of(model, schemes, settings):
-    architecture = models.ARCHITECTURES[model.config.model_type]
+    architecture = architectures.ARCHITECTURES[model.config.model_type]
     blocks = [block.requires_grad_(False) for _, block in models.blocks(model, architecture)]
     calls = block_calls(model, blocks, SAMPLES)
     rewriter = Rewriter.of(model.config, architecture, torch.float32)
@@ -43,7 +43,7 @@ def equalizer_of(model, schemes, settings):
 
 
 def equalize(model, scheme, settings):
-    linears = models.ARCHITECTURES[model.config.model_type].linears
+    linears = architectures.ARCHITECTURES[model.config.model_type].linears
     block, calls, equalizer = equalizer_of(model, dict.fromkeys(linears, scheme), settings)
     return equalizer.equalize(block, calls.hidden, calls.keywords[0])[0]
 
@@ -62,7 +62,7 @@ def test_the_model_stays_the_same_function_and_keeps_no_hook(scheme):
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 def test_where_outliers_hurt_the_search_equalizes_and_the_error_falls(scheme):
     model = outliers(tiny_model("llama with grouped queries"))
-    schemes = dict.fromkeys(models.LLAMA.linears, scheme)
+    schemes = dict.fromkeys(architectures.LLAMA.linears, scheme)
     block, calls, equalizer = equalizer_of(model, schemes, Equalization("minmax"))
     weights = {name: one.weights for name, one in schemes.items()}
 
@@ -82,7 +82,7 @@ def test_where_outliers_hurt_the_search_equalizes_and_the_error_falls(scheme):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_fixed_alpha_is_applied_to_every_pair_of_every_architecture(name, kind):
     model = tiny_model(name)
-    pairs = Rewriter.of(model.config, models.ARCHITECTURES[model.config.model_type], torch.float32).pairs
+    pairs = Rewriter.of(model.config, architectures.ARCHITECTURES[model.config.model_type], torch.float32).pairs
     assert equalize(model, DYNAMIC, Equalization(kind, 0.5)) == {pair.producer: 0.5 for pair in pairs}
 
 

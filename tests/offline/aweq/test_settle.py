@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from requant import models
+from requant import architectures, models
 from requant.aweq.bias_correction import computed_from, held_out
 from requant.aweq.ending import Ending
 from requant.aweq.error import token_weights
@@ -27,7 +27,7 @@ class Case:
 
     def __init__(self, name="llama with grouped queries", weights=W8A8_WEIGHTS, activations=None, correct=False):
         self.model = tiny_model(name)
-        self.architecture = models.ARCHITECTURES[self.model.config.model_type]
+        self.architecture = architectures.ARCHITECTURES[self.model.config.model_type]
         blocks = [block for _, block in models.blocks(self.model, self.architecture)]
         calls = block_calls(self.model, blocks, SAMPLES)
         self.hidden, self.keywords, self.block = calls.hidden, calls.keywords[0], blocks[0].requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
@@ -56,6 +57,7 @@ CONFIGS = {
     "stablelm": StableLmConfig(**_LLAMA),
     "stablelm side by side": StableLmConfig(**_LLAMA, use_parallel_residual=True),
     "nemotron": NemotronConfig(**_LLAMA),
+    "apertus": ApertusConfig(**_LLAMA),
     "starcoder2": Starcoder2Config(**_LLAMA),
     "opt": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="relu"),
     "opt with gelu": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu"),
