@@ -91,7 +91,7 @@ def test_not_a_causal_lm(refused, tmp_path):
 def test_an_unsupported_architecture(refused, tmp_path):
     folder = model_folder(tmp_path / "model", model_type="gpt2", architectures=["GPT2LMForCausalLM"])
     line = refused("quantize", folder, "-o", tmp_path / "out")
-    assert line.startswith(f"{folder}: architecture 'gpt2' is not supported (supported: llama, mistral, qwen2, qwen3")
+    assert line.startswith(f"{folder}: architecture 'gpt2' is not supported (supported: llama, mistral, ministral3")
 
 
 def test_an_already_quantized_model(refused, quantized, tmp_path):
