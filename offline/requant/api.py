@@ -17,7 +17,7 @@ from requant.page import Measured, render
 from requant.recipe import DEFAULT, Recipe, load_recipe
 from requant.report import LayerRow, Report, Totals
 from requant.settings import EXPORTS
-from requant.staging import write_whole
+from requant.staging import require_folder, write_whole
 from requant.stored import Defect
 from requant.texts import read_text
 from requant.validation import defects, remarks
@@ -125,8 +125,7 @@ def write_report(
     Raises InputError, CheckpointError.
     """
     report, page = Report.of(existing(folder)), Path(out)
-    if not page.absolute().parent.is_dir():
-        raise InputError(f"{page}: its folder does not exist")
+    require_folder(page)
     if page.is_dir():
         raise InputError(f"{page}: is a folder; name the file to write, such as report.html")
     if text is None and (against or tokens is not None):

@@ -131,26 +131,24 @@ STABLELM = replace(
     ),
 )
 
-# No gate: the square of a ReLU lies between the MLP's layers.
-NEMOTRON = replace(
+# What lies between the MLP's layers is no factor of a gate, but the square of a ReLU or the like.
+_UNGATED = replace(
     LLAMA,
     linears=(*_QKV, "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"),
     fused=(_QKV,),
     pairs=(_INTO_ATTENTION, _WITHIN_ATTENTION, Pair("post_attention_layernorm", ("mlp.up_proj",), "norm")),
-    norm_offset=1.0,
-    quantizable_heads=("untied",),
 )
 
+NEMOTRON = replace(_UNGATED, norm_offset=1.0, quantizable_heads=("untied",))
+
 APERTUS = replace(
-    NEMOTRON,
+    _UNGATED,
     others=("attention_layernorm", "feedforward_layernorm", *_QK_NORMS, "mlp.act_fn"),
     pairs=(
         Pair("attention_layernorm", _QKV, "norm"),
         _WITHIN_ATTENTION,
         Pair("feedforward_layernorm", ("mlp.up_proj",), "norm"),
     ),
-    norm_offset=0.0,
-    quantizable_heads=("tied", "untied"),
 )
 
 STARCODER2 = replace(
@@ -234,16 +232,7 @@ QWEN_MOE = replace(
     routers=("mlp.gate", "mlp.shared_expert_gate"),
 )
 
-OLMOE = replace(
-    LLAMA,
-    linears=MIXTRAL.linears,
-    others=QWEN3.others,
-    fused=(_QKV,),
-    pairs=(),
-    outputs=MIXTRAL.outputs,
-    experts=ExpertNames(),
-    routers=("mlp.gate",),
-)
+OLMOE = replace(MIXTRAL, others=QWEN3.others, experts=ExpertNames(), routers=("mlp.gate",))
 
 _SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
 

@@ -63,7 +63,7 @@ def run(
         sources.write_sidecars(source, folder)  # first: what is wrong with a tokenizer is said before hours of work
         torch.manual_seed(recipe.seed)
         network = sources.load(source)
-        original_bytes = sum(parameter.nbytes for parameter in network.parameters())
+        original_bytes = sum(tensor.nbytes for _, tensor in models.stored_tensors(network))
         shards = ShardWriter(folder, max_shard_bytes)
         architecture = architectures.ARCHITECTURES[network.config.model_type]
         kept = folder_of(out) if resume else None
@@ -189,8 +189,8 @@ def _windows(source: sources.Source, config: PreTrainedConfig, recipe: Recipe) -
 
 def _subject(network: PreTrainedModel, scheme: CheckpointScheme, recipe: Recipe, stores: Stores) -> Subject:
     architecture = architectures.ARCHITECTURES[network.config.model_type]
-    for name, parameter in network.named_parameters():
-        _checked(name, parameter.detach())
+    for name, tensor in models.stored_tensors(network):
+        _checked(name, tensor)
     schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}
     wanted = {name: chosen for name, chosen in schemes.items() if chosen}
     return Subject(network, architecture, wanted, recipe, network.dtype, stores)

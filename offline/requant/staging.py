@@ -18,6 +18,12 @@ from requant.errors import InputError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def require_folder(path: Path) -> None:
+    """Raises InputError where the folder that the file ``path`` is to be written into does not exist."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist")
+
+
 def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")

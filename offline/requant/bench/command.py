@@ -14,7 +14,7 @@ from requant.bench.plot import check_plot, draw
 from requant.bench.table import markdown
 from requant.bench.workloads import SHAPES, Shape, workloads
 from requant.errors import InputError
-from requant.staging import write_whole
+from requant.staging import require_folder, write_whole
 
 STREAMS = (1, 8, 32)
 
@@ -70,8 +70,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         check_plot(arguments.plot)
     for path in (arguments.json, arguments.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise InputError(f"{path}: its folder does not exist")
+        if path:
+            require_folder(path)
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
