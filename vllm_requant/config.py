@@ -15,6 +15,8 @@ from vllm_requant.versions import check_version
 _LOG = init_logger(__name__)
 # Linear layers that are never rounded in flight: routers, and the output heads of classifiers and reward models.
 KEPT = ("gate", "router", "shared_expert_gate", "score", "classifier")
+# Nor what turns images and sound into inputs of a language model, whatever vLLM's models call it.
+TOWER = re.compile(r"visual|(vision|audio|vit)_\w+|(\w+_)?projector|connector|resampler|vpm|apm")
 
 
 class RequantConfig(QuantizationConfig):  # type: ignore[misc]
@@ -99,7 +101,7 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
-            if scheme is None or (self.in_flight and prefix.rpartition(".")[2] in KEPT):
+            if scheme is None or (self.in_flight and _kept(prefix)):
                 return UnquantizedLinearMethod()
             if self.in_flight:
                 scheme = self._roundable(scheme, layer.input_size, prefix)
@@ -183,6 +185,11 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
                     f"{prefix}: vLLM fuses {names[0]} and {name}, so both must be quantized alike or both ignored"
                 )
         return schemes[0]
+
+
+def _kept(prefix: str) -> bool:
+    *around, last = prefix.split(".")
+    return last in KEPT or any(map(TOWER.fullmatch, (*around, last)))
 
 
 def _refuse_score(name: str) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from requant_kernels.errors import SchemeError
-from requant_kernels.scheme import CheckpointScheme, LayerScheme
+from requant_kernels.scheme import OUTPUT_HEAD, CheckpointScheme, LayerScheme
 from vllm.model_executor.models.utils import WeightsMapper
 
 TENSOR = ".weight"
@@ -29,6 +29,8 @@ def original_names(name: str, mappers: Iterable[WeightsMapper]) -> list[str]:
     names = [f"{name}{TENSOR}"]  # what mappers are made for
     for mapper in reversed(list(mappers)):
         names = [old for new in names for old in _candidates(new, mapper) if mapper.apply_list([old]) == [new]]
+    if not names and name == OUTPUT_HEAD:  # so called by models of vLLM that have it elsewhere (qwen3_vl.py)
+        return [OUTPUT_HEAD]
     if not names:
         raise SchemeError(f"{name}: vLLM renames this layer in a way that can not be traced to the checkpoint")
     return [old.removesuffix(TENSOR) for old in names]

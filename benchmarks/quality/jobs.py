@@ -124,7 +124,7 @@ def measure(job: Job, kept: Path | None = None) -> Row:
     run) and for jobs that choose the same sparse entries."""
     source = sources.resolve(job.protocol.model)
     network, tokenizer = sources.load(source, torch.float32), source.tokenizer()
-    architecture = architectures.ARCHITECTURES[network.config.model_type]
+    architecture = architectures.architecture_of(network.config)
     if job.recipe is None:
         return Row(job.name, 16.0, 0.0, job.protocol.perplexities(network, tokenizer), 0.0, 0.0, {}, job.key)
     linears = models.linears(network, architecture)

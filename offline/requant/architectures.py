@@ -1,6 +1,7 @@
 """Architectures as data: what a causal language model of transformers consists of, keyed by ``model_type``.
 
-A further architecture is one more entry of ``ARCHITECTURES``; nothing else knows a module's name.
+A further architecture is one more entry of ``ARCHITECTURES``, one with a language model inside of ``MULTIMODAL``;
+nothing else knows a module's name.
 """
 
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from typing import Literal
 
 from requant_kernels.scheme import OUTPUT_HEAD
 from torch import nn
+from transformers import PreTrainedConfig
 
 from requant.errors import InputError
 from requant.experts import ExpertNames
@@ -279,10 +281,35 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(model_type: str, where: str) -> Architecture:
+# Models that take images and the like as well: the architecture of their language model, which None says is that of
+# its own ``model_type``, whichever it is. All else of them is stored as it is.
+MULTIMODAL: dict[str, Architecture | None] = {
+    "gemma3": GEMMA2,
+    "qwen2_vl": LLAMA,
+    "qwen2_5_vl": LLAMA,
+    "qwen3_vl": QWEN3,
+    "mistral3": None,
+    "llava": None,
+    "internvl": None,
+}
+LANGUAGE_MODEL = "model.language_model"  # where transformers has it in all of these
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """Of a model of a known ``model_type``. Raises InputError where its language model is none that is supported."""
+    kind = config.model_type
+    if kind in ARCHITECTURES:
+        return ARCHITECTURES[kind]
+    text = config.get_text_config().model_type
+    found = MULTIMODAL[kind] or ARCHITECTURES.get(text)
+    if found is None:
+        raise InputError(f"architecture {kind!r} is not supported with a language model {text!r}")
+    blocks, embeddings = (f"{LANGUAGE_MODEL}{name.removeprefix('model')}" for name in (found.blocks, found.embeddings))
+    return replace(found, blocks=blocks, embeddings=embeddings)
+
+
+def refuse_unknown(model_type: str, where: str) -> None:
     """Raises InputError naming the supported ones."""
-    if model_type not in ARCHITECTURES:
-        raise InputError(
-            f"{where}: architecture {model_type!r} is not supported (supported: {', '.join(ARCHITECTURES)})"
-        )
-    return ARCHITECTURES[model_type]
+    known = (*ARCHITECTURES, *MULTIMODAL)
+    if model_type not in known:
+        raise InputError(f"{where}: architecture {model_type!r} is not supported (supported: {', '.join(known)})")

@@ -49,7 +49,7 @@ def evaluate_text(
     """Raises InputError, CheckpointError."""
     source = sources.resolve(model)
     checkpoint = _is_checkpoint(source)
-    context = source.raw.get("max_position_embeddings", seqlen)
+    context = getattr(sources.auto_config(source).get_text_config(), "max_position_embeddings", seqlen)
     if seqlen > context:
         raise InputError(f"seqlen {seqlen}: the model's context is {context} tokens")
     tokenizer = source.tokenizer()

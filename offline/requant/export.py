@@ -66,7 +66,7 @@ def export(folder: Path, out: Path, to: str, *, overwrite: bool, max_shard_bytes
 
 
 def _refuse_for_compressed(expected: Expected) -> None:
-    architecture = architectures.ARCHITECTURES[expected.skeleton.config.model_type]
+    architecture = architectures.architecture_of(expected.skeleton.config)
     if architecture.experts:
         raise InputError(f"routed experts are not exported to {COMPRESSED}; use --to {DENSE}")
     if architecture.head in expected.layers or output_head.stored_name(expected.skeleton.config) in expected.layers:
@@ -120,7 +120,7 @@ def _compressed_config(stored: StoredCheckpoint, expected: Expected) -> dict[str
     names: dict[LayerScheme, list[str]] = {}
     for layer, (scheme, _) in expected.layers.items():
         names.setdefault(scheme, []).append(re.escape(layer))
-    architecture = architectures.ARCHITECTURES[expected.skeleton.config.model_type]
+    architecture = architectures.architecture_of(expected.skeleton.config)
     linears = models.linears(expected.skeleton, architecture)
     groups = {f"group_{i}": _group(scheme, "|".join(layers)) for i, (scheme, layers) in enumerate(names.items())}
     formats = {group["format"] for group in groups.values()}

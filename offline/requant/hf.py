@@ -16,14 +16,14 @@ from requant_kernels.reference import dequantize
 from requant_kernels.scheme import OUTPUT_HEAD, QUANT_METHOD, CheckpointScheme, LayerScheme
 from requant_kernels.weight import SPARSE_TENSORS
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from requant import output_head
 from requant.aweq.installed import install_around
-from requant.models import as_stored
+from requant.models import as_stored, auto_class, towers
 from requant.stored import open_checkpoint
 from requant.validation import defects, read_layer
 
@@ -51,7 +51,7 @@ def load_quantized(folder: str | Path, dtype: torch.dtype = torch.float32) -> Pr
     _refuse_unsound(Path(folder))
     token = _SOUND.set(Path(folder))
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
     finally:
         _SOUND.reset(token)
 
@@ -90,10 +90,14 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
             self._folder = Path(checkpoint_files[0]).parent
             if self._folder != _SOUND.get():
                 _refuse_unsound(self._folder)
+        self._towers = towers(model)
         return as_stored(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         model._weight_conversions = None  # save_pretrained would try to undo the decoding
+        for name in self._towers:  # transformers leaves what it renames in the dtype of the file
+            for parameter in model.get_submodule(name).parameters():
+                parameter.data = parameter.data.to(model.get_input_embeddings().weight.dtype)
         with open_checkpoint(self._folder).opened() as stored:
             for name, module in model.named_modules():
                 scheme = stored.scheme.for_layer(name) if isinstance(module, nn.Linear) else None
@@ -103,8 +107,9 @@ class RequantQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        # all others, which rename tensors and fuse experts, have no work left: names are those of the file
-        return self.get_weight_conversions()
+        # all others, which rename tensors and fuse experts, have no work left: names are those of the file, but towers'
+        renamings = [one for one in weight_conversions if isinstance(one, WeightRenaming)] if self._towers else []
+        return [*renamings, *self.get_weight_conversions()]
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         scheme = self.quantization_config.scheme

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from requant import architectures, models, output_head
 from requant.report import ROUTER, LayerRow, Totals
-from requant.sources import auto_config, resolve
+from requant.sources import resolve, supported_config
 from requant.stored import StoredCheckpoint, open_checkpoint
 
 
@@ -19,8 +19,8 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
     stored = open_checkpoint(folder)
     if stored.defects:
         raise CheckpointError(str(stored.defects[0]))
-    architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
-    model = models.skeleton(auto_config(resolve(folder)))
+    model = models.skeleton(supported_config(resolve(folder), "config.json"))
+    architecture = architectures.architecture_of(model.config)
     try:
         rows = [
             _row(stored, name, (linear.out_features, linear.in_features), stored.scheme.for_layer(name))

@@ -1,14 +1,21 @@
 """How to walk a causal language model of transformers, by what its architecture says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
-from requant.architectures import ARCHITECTURES, Architecture
+from requant.architectures import ARCHITECTURES, LANGUAGE_MODEL, MULTIMODAL, Architecture, architecture_of
 from requant.errors import InputError
 from requant.experts import unfuse
+
+
+def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    """By which transformers makes a model of ``config``."""
+    return AutoModelForImageTextToText if config.model_type in MULTIMODAL else AutoModelForCausalLM
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -16,7 +23,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     ``config`` describe none."""
     try:
         with torch.device("meta"):
-            return as_stored(AutoModelForCausalLM.from_config(config))
+            return as_stored(auto_class(config).from_config(config))
     except Exception as error:  # transformers checks little: a wrong number may surface as anything
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(f"config.json: no model can be built from it ({reason})") from None
@@ -24,7 +31,8 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 def as_stored(model: PreTrainedModel) -> PreTrainedModel:
     """``model``, changed so that its parameters are the tensors of its checkpoint, name by name."""
-    architecture = ARCHITECTURES.get(model.config.model_type)
+    known = model.config.model_type in (*ARCHITECTURES, *MULTIMODAL)
+    architecture = architecture_of(model.config) if known else None
     if architecture and architecture.experts:
         for _, block in blocks(model, architecture):
             unfuse(block, architecture.experts)
@@ -75,6 +83,13 @@ def shared_schemes(model: PreTrainedModel, architecture: Architecture) -> list[l
     ]
 
 
+def towers(model: PreTrainedModel) -> list[str]:
+    """What a model has beside its language model: towers for images, projectors; full names."""
+    parent, _, language_model = LANGUAGE_MODEL.rpartition(".")
+    parts = [name for name, _ in model.get_submodule(parent).named_children()]
+    return [f"{parent}.{name}" for name in parts if name != language_model] if language_model in parts else []
+
+
 def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tensor, str]:
     """The weight of the output head, and what to say about it."""
     weight = model.get_parameter(f"{architecture.head}.weight")
@@ -83,10 +98,24 @@ def head(model: PreTrainedModel, architecture: Architecture) -> tuple[torch.Tens
 
 
 def outer_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Everything outside the blocks that is stored: embeddings, final norm, head; a tied weight once."""
-    for name, tensor in stored_tensors(model):
-        if not name.startswith(f"{architecture.blocks}."):
-            yield name, tensor
+    """Everything outside the blocks that is stored: embeddings, final norm, head, a tied weight once; last the towers'
+    under the names that the model's files have for them, because vLLM does not know all of transformers'."""
+    outer = {n: tensor for n, tensor in stored_tensors(model) if not n.startswith(f"{architecture.blocks}.")}
+    beside = {name: outer.pop(name) for name in _beside(model, list(outer))}
+    yield from outer.items()
+    yield from revert_weight_conversion(model, beside).items()
+
+
+def names_beside(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Of the names of a file's tensors, those of towers: by the names that ``model`` has for them."""
+    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    renamed = {rename_source_key(name, renamings, [])[0]: name for name in stored}
+    return {name: renamed[name] for name in _beside(model, renamed)}
+
+
+def _beside(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    prefixes = tuple(f"{tower}." for tower in towers(model))
+    return [name for name in names if name.startswith(prefixes)]
 
 
 def stored_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

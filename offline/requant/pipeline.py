@@ -65,7 +65,7 @@ def run(
         network = sources.load(source)
         original_bytes = sum(tensor.nbytes for _, tensor in models.stored_tensors(network))
         shards = ShardWriter(folder, max_shard_bytes)
-        architecture = architectures.ARCHITECTURES[network.config.model_type]
+        architecture = architectures.architecture_of(network.config)
         kept = folder_of(out) if resume else None
         calibrated = None
         if windows:
@@ -111,7 +111,7 @@ class _Walk:
         """The rows of all blocks, and the output head's."""
         head, rows = self._write_outer(network), []
         blocks = models.blocks(network, self.architecture)
-        for prefix, block in track(blocks, network.config.num_hidden_layers, "quantizing blocks"):
+        for prefix, block in track(blocks, network.config.get_text_config().num_hidden_layers, "quantizing blocks"):
             rows += self._write_block(prefix, block)
             block.to("meta")  # its memory is free again
         self.shards.close()
@@ -181,14 +181,14 @@ def relative_error(weight: torch.Tensor, stored: QuantizedLayer) -> float:
 
 
 def _windows(source: sources.Source, config: PreTrainedConfig, recipe: Recipe) -> Windows:
-    context = config.max_position_embeddings
+    context = config.get_text_config().max_position_embeddings
     if recipe.calibration.seqlen > context:
         raise InputError(f"calibration: seqlen {recipe.calibration.seqlen} exceeds the model's context of {context}")
     return read_windows(recipe.calibration, source.tokenizer(), recipe.seed)
 
 
 def _subject(network: PreTrainedModel, scheme: CheckpointScheme, recipe: Recipe, stores: Stores) -> Subject:
-    architecture = architectures.ARCHITECTURES[network.config.model_type]
+    architecture = architectures.architecture_of(network.config)
     for name, tensor in models.stored_tensors(network):
         _checked(name, tensor)
     schemes = {name: scheme.for_layer(name) for name in models.linears(network, architecture)}
@@ -242,6 +242,10 @@ def _write_metadata(
     config = {key: value for key, value in source.raw.items() if key != "torch_dtype"}  # dtype's old name
     config["architectures"] = config.get("architectures") or [type(network).__name__]  # a GGUF names none
     config |= {"dtype": str(network.dtype).removeprefix("torch."), "quantization_config": scheme.to_dict()}
+    tied = {"tie_word_embeddings": network.config.tie_word_embeddings}
+    config |= tied
+    if "text_config" in config:  # which vLLM asks, while transformers asks the model's own
+        config["text_config"] = config["text_config"] | tied
     write_json(folder / "config.json", config)
     write_json(folder / REPORT_FILE, report.to_dict())
     (folder / "README.md").write_text(model_card(report, source), encoding="utf-8")

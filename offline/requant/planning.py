@@ -19,7 +19,7 @@ from requant.settings import CODEBOOK, EQUALIZED
 
 def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> CheckpointScheme:
     """The scheme to be written into config.json. Raises InputError naming the layer, the reason and the way out."""
-    architecture = architectures.ARCHITECTURES[config.model_type]
+    architecture = architectures.architecture_of(config)
     model = models.skeleton(config)
     linears = models.linears(model, architecture)
     if recipe.equalization.wanted:
@@ -34,7 +34,12 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
     scheme = CheckpointScheme(
         recipe.layer_scheme,
         overrides=({head: HEAD_SCHEME} if recipe.quantize_lm_head else {}) | recipe.layer_schemes,
-        ignore=(*(() if recipe.quantize_lm_head else (head,)), *_routers(architecture), *recipe.ignore),
+        ignore=(
+            *(() if recipe.quantize_lm_head else (head,)),
+            *_routers(architecture),
+            *_towers(model),
+            *recipe.ignore,
+        ),
         producer=producer,
     )
     if recipe.quantize_lm_head and not output_head.scheme_of(scheme, config):
@@ -93,6 +98,11 @@ def _routers(architecture: architectures.Architecture) -> list[str]:
     return [rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(name)}" for name in architecture.routers]
 
 
+def _towers(model: PreTrainedModel) -> list[str]:
+    """Patterns of what a model has beside its language model: calibration, which is text, does not reach it."""
+    return [rf"{re.escape(name)}\..*" for name in models.towers(model)]
+
+
 def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:
     """What needs every token at every layer, and equalization, whose pairs no one has written down for experts."""
     static = any(one.activations and not one.activations.dynamic for one in recipe.all_schemes)
@@ -109,7 +119,7 @@ def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:
 def split_fused(scheme: CheckpointScheme, model: PreTrainedModel) -> list[str]:
     """One line for every set of layers that vLLM runs as one, or with one method, and that ``scheme`` stores in ways
     that do not go together."""
-    architecture = architectures.ARCHITECTURES[model.config.model_type]
+    architecture = architectures.architecture_of(model.config)
     lines = []
     for prefix, block in models.blocks(model, architecture):
         for members in architecture.of(block).fused:

@@ -14,7 +14,6 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
@@ -24,9 +23,9 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
-from requant.architectures import architecture_of
+from requant.architectures import MULTIMODAL, architecture_of, refuse_unknown
 from requant.errors import InputError
-from requant.models import as_stored
+from requant.models import as_stored, auto_class
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -40,6 +39,7 @@ _SIDECARS = (
     "chat_template*",
     "additional_chat_templates/*",
     "generation_config.json",
+    "*processor_config.json",
 )
 
 
@@ -113,14 +113,22 @@ def _read_raw(path: Path) -> dict[str, Any]:
 def read_config(source: Source) -> PreTrainedConfig:
     """Raises InputError for whatever is not an unquantized causal LM of a supported architecture."""
     refuse_unusable(source)
-    architecture_of(source.raw["model_type"], str(source.folder))
-    return auto_config(source)
+    return supported_config(source, str(source.folder))
+
+
+def supported_config(source: Source, where: str) -> PreTrainedConfig:
+    """Raises InputError, which ``where`` begins, for an architecture that is not supported."""
+    refuse_unknown(source.raw["model_type"], where)  # first: transformers may not know it either
+    config = auto_config(source)
+    architecture_of(config)
+    return config
 
 
 def refuse_unusable(source: Source) -> None:
     """Raises InputError unless ``source`` is an unquantized causal language model."""
     names = source.raw.get("architectures") or []
-    if names and not any(str(name).endswith("ForCausalLM") for name in names):
+    kinds = ("ForCausalLM", "ForConditionalGeneration") if source.raw["model_type"] in MULTIMODAL else "ForCausalLM"
+    if names and not any(str(name).endswith(kinds) for name in names):
         raise InputError(f"{source.folder}: not a causal language model, but {', '.join(map(str, names))}")
     quantization = source.raw.get("quantization_config")
     if quantization is not None:
@@ -145,13 +153,15 @@ def load(source: Source, dtype: torch.dtype | None = None) -> PreTrainedModel:
     silenced = bool(source.gguf) and not is_progress_bar_enabled()
     try:
         with redirect_stderr(io.StringIO()) if silenced else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(**kwargs)
+            model, info = auto_class(auto_config(source)).from_pretrained(**kwargs)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source.folder}: can not be loaded ({_first_line(error)})") from None
     if missing := sorted(info["missing_keys"]):
         raise InputError(f"{source.folder}: {missing[0]} is missing ({len(missing)} tensors in all)")
     if unknown := sorted(info["unexpected_keys"]):
         raise InputError(f"{source.folder}: {unknown[0]} belongs to no {model.config.model_type} of transformers")
+    # it may be silent, or wrong: transformers ties nothing where the files hold a head of its own
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return as_stored(model)
 
 

@@ -12,8 +12,8 @@ from requant import architectures, models
 def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     """One line for each layer of a block that can not be split over ``degree`` ranks; empty where all can. Of all MLPs
     of a block, and of its experts, one line for each width."""
-    config = model.config
-    architecture = architectures.ARCHITECTURES[config.model_type]
+    config = model.config.get_text_config()
+    architecture = architectures.architecture_of(model.config)
     linears = models.linears(model, architecture)
     first, *_, last = linears
     key = first.removesuffix(architecture.linears[0]) + architecture.stages[0][-2:][0]  # or what makes all three
@@ -35,7 +35,7 @@ def cut_groups(
 ) -> list[str]:
     """What ``degree`` ranks, which no obstacle forbids, do to groups: one line for each thing that happens, with the
     first layer it happens to and the number of others. layers: (scheme, [N, K]) of each, by full name."""
-    row_parallel = architectures.ARCHITECTURES[model.config.model_type].row_parallel
+    row_parallel = architectures.architecture_of(model.config).row_parallel
     happening: dict[str, list[str]] = {}
     for name, (scheme, (_, columns)) in layers.items():
         what = tensor_parallel.cut_groups(columns, scheme.weights.group_size, degree)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from requant import architectures, models, output_head
 from requant.errors import InputError
 from requant.planning import split_fused
-from requant.sources import auto_config, resolve
+from requant.sources import resolve, supported_config
 from requant.stored import Defect, StoredCheckpoint, open_checkpoint
 from requant.tensor_parallel import cut_groups, obstacles
 
@@ -39,12 +39,15 @@ class Expected:
     def of(cls, stored: StoredCheckpoint) -> "Expected":
         """Raises InputError where config.json describes no model that is supported, SchemeError for an output head that
         is not."""
-        architecture = architectures.architecture_of(str(stored.config.get("model_type")), "config.json")
         dtype = _SPELLING.get(str(stored.dtype))
         if dtype is None:
             raise InputError(f"dtype: {stored.dtype!r} is not one of {', '.join(_SPELLING)}")
-        model = models.skeleton(auto_config(resolve(stored.folder)))
+        model = models.skeleton(supported_config(resolve(stored.folder), "config.json"))
+        architecture = architectures.architecture_of(model.config)
         others, layers = models.stored_shapes(model, architecture), {}
+        for name, in_file in models.names_beside(model, stored.tensors).items():
+            if name in others:
+                others[in_file] = others.pop(name)
         for name, linear in models.linears(model, architecture).items():
             if scheme := stored.scheme.for_layer(name):
                 layers[name] = (scheme, (linear.out_features, linear.in_features))
@@ -86,7 +89,7 @@ def remarks(folder: Path, degrees: tuple[int, ...]) -> Iterator[str]:
 
 
 def _quantized_routers(stored: StoredCheckpoint, model: PreTrainedModel) -> Iterator[str]:
-    for name in models.routers(model, architectures.ARCHITECTURES[model.config.model_type]):
+    for name in models.routers(model, architectures.architecture_of(model.config)):
         if stored.scheme.for_layer(name):
             yield f"{name}: a router is stored as it is, so a pattern of 'ignore' must match it"
 
@@ -145,7 +148,7 @@ def _contents(stored: StoredCheckpoint, expected: Expected, unreadable: set[str]
 def _differing_steps(
     stored: StoredCheckpoint, model: PreTrainedModel, steps: dict[str, torch.Tensor]
 ) -> Iterator[Defect]:
-    for members in models.shared_schemes(model, architectures.ARCHITECTURES[model.config.model_type]):
+    for members in models.shared_schemes(model, architectures.architecture_of(model.config)):
         for step in _STEPS:
             first, *others = [f"{member}.{step}" for member in members]
             for name in others:

@@ -87,12 +87,16 @@ def random_model(kind: str, folder: Path) -> Path:
 def random_of(config: PreTrainedConfig, folder: Path) -> Path:
     """A small random model as an ordinary folder, without tokenizer."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for tensor in (*model.parameters(), *model.buffers()):  # biases and norms are trivial otherwise
+    randomize(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)).save_pretrained(folder)
+    return folder
+
+
+def randomize(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, also its biases and norms, which are trivial otherwise."""
+    for tensor in (*model.parameters(), *model.buffers()):
         if tensor.dim() == 1 and tensor.dtype.is_floating_point:
             tensor.data += 0.1 * torch.randn_like(tensor)
-    model.save_pretrained(folder)
-    return folder
+    return model
 
 
 def quantize(source: Path, out: Path, scheme: CheckpointScheme, *, density: float = 0.02) -> Path:

@@ -135,6 +135,17 @@ def _table(positions: list[dict[int, Any]]) -> torch.Tensor:
     return torch.tensor([[entry[token].logprob for token in sorted(entry)] for entry in positions])
 
 
+def _see(llm: "LLM", prompts: list[str]) -> dict[str, Any]:
+    """Log-probabilities of ``prompts``, texts with one image each, after the image's tokens have been put in."""
+    from vllm import SamplingParams
+
+    from tests.vllm_requant.multimodal import image
+
+    asked = [{"prompt": prompt, "multi_modal_data": {"image": image()}} for prompt in prompts]
+    outputs = llm.generate(asked, SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=-1), use_tqdm=False)
+    return {"logprobs": [_table(out.prompt_logprobs[1:]) for out in outputs]}
+
+
 def _embed(llm: "LLM", prompts: list[list[int]]) -> dict[str, Any]:
     outputs = llm.embed([{"prompt_token_ids": prompt} for prompt in prompts], use_tqdm=False)
     return {"embeddings": torch.tensor([out.outputs.embedding for out in outputs])}
@@ -175,7 +186,7 @@ def _metrics(llm: "LLM", prompts: list[list[int]]) -> dict[str, Any]:
     return {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
 
 
-ASK = {"generate": _generate, "embed": _embed, "reload": _reload, "methods": _methods, "metrics": _metrics}
+ASK = {"generate": _generate, "see": _see, "embed": _embed, "reload": _reload, "methods": _methods, "metrics": _metrics}
 
 
 def main(jobs: str, out: str) -> None:

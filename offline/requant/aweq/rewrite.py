@@ -23,6 +23,7 @@ class Rewriter:
     @classmethod
     def of(cls, config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype) -> "Rewriter":
         """The pairs that are exact for ``config``. Raises InputError where none is known."""
+        config = config.get_text_config()
         pairs = tuple(
             pair for pair in architecture.pairs if all(getattr(config, key) == value for key, value in pair.requires)
         )
