@@ -98,6 +98,8 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
         if current and current.model_config:
             refuse_degree(current)
         prefix = prefix.removeprefix(".")  # some models of vLLM call their head ".lm_head" (stablelm.py)
+        if prefix.endswith(".kv_b_proj"):
+            _refuse_compiled(prefix)
         if isinstance(layer, LinearBase):
             names = unfused(prefix, self.packed_modules_mapping)
             scheme = self._common_scheme(prefix, names)
@@ -153,7 +155,9 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
 
         assert self.scheme is not None
         head = isinstance(layer, ParallelLMHead)
-        if not head and not self._tied:
+        if head:
+            prefix = prefix or OUTPUT_HEAD  # which some models of vLLM do not name (exaone_moe.py)
+        elif not self._tied:
             return None
         # embeddings have no scheme of their own, and in some models of vLLM no name
         scheme = self._common_scheme(prefix, [prefix]) if head else self.scheme.for_layer(OUTPUT_HEAD)
@@ -190,6 +194,20 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
 def _kept(prefix: str) -> bool:
     *around, last = prefix.split(".")
     return last in KEPT or any(map(TOWER.fullmatch, (*around, last)))
+
+
+def _refuse_compiled(prefix: str) -> None:
+    """Raises SchemeError for ``prefix``, a layer of latent attention, where vLLM compiles for a CPU: the graph that
+    PyTorch makes reads a router's scores before oneDNN has written them (0.32, PyTorch 2.13; deepseek_v3)."""
+    from vllm.config import CompilationMode, get_current_vllm_config_or_none
+    from vllm.platforms import current_platform
+
+    current = get_current_vllm_config_or_none()
+    if current and current_platform.is_cpu() and current.compilation_config.mode != CompilationMode.NONE:
+        raise SchemeError(
+            f"{prefix}: quantized models with latent attention come out wrong where vLLM compiles them for a CPU; add "
+            """--enforce-eager -cc.custom_ops='["-rotary_embedding"]'"""
+        )
 
 
 def _refuse_score(name: str) -> None:

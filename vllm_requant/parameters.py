@@ -142,10 +142,11 @@ class LayerLoader:
             self._add_part(name, tensors, shard)
 
     def _name(self, shard: ShardId) -> str:
-        """Of the fused layer that vLLM's shard id means; the first one's where it has none of its own."""
+        """Of the fused layer that vLLM's shard id means. Where one before it is several of vLLM's (qwen3_5.py), ids run
+        ahead of names; the last then has the last."""
         first = shard[0] if isinstance(shard, tuple) else shard or 0
         place = first if isinstance(first, int) else "qkv".index(first)
-        return self._names[place] if place < len(self._names) else self._names[0]
+        return self._names[place] if place < len(self._names) else self._names[-1]
 
     def _add_part(self, name: str, tensors: dict[str, torch.Tensor], shard: ShardId) -> None:
         weight = self._form.layer(self._scheme, tensors, name)

@@ -4,79 +4,15 @@ A further architecture is one more entry of ``ARCHITECTURES``, one with a langua
 nothing else knows a module's name.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-from requant_kernels.scheme import OUTPUT_HEAD
-from torch import nn
 from transformers import PreTrainedConfig
 
+from requant.architecture import Architecture, Pair
 from requant.errors import InputError
 from requant.experts import ExpertNames
 
-
-@dataclass(frozen=True)
-class Pair:
-    """A producer whose output channels can be divided by scales that its consumers' columns are multiplied by, exactly.
-
-    through: what lies between. "norm": the producer is a norm, nothing does. "rows": each output row of a linear layer
-    meets one column, perhaps multiplied by something else or through a ReLU. "heads": attention, so that the value row
-    of a key/value head meets one column for each query head. requires: what config.json must say for it to be exact.
-    """
-
-    producer: str
-    consumers: tuple[str, ...]
-    through: Literal["norm", "rows", "heads"]
-    requires: tuple[tuple[str, object], ...] = ()
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where things are. Names inside a block are relative to it, the others are full. ``linears`` starts with what
-    makes queries and ends with the MLP's last. ``others``: what else may hold parameters in a block, norms mostly.
-    ``pairs``: in the order in which a block runs them. ``norm_offset``: a norm multiplies by weight + norm_offset.
-    ``outputs``: the linear layers whose columns tensor parallelism splits. ``experts``: of a mixture-of-experts model,
-    whose blocks have some of ``linears`` and ``routers`` each; ``routers``: what decides between experts, and stays as
-    it is."""
-
-    blocks: str
-    linears: tuple[str, ...]
-    others: tuple[str, ...]
-    fused: tuple[tuple[str, ...], ...]  # linears that vLLM runs as one, so that they must share a scheme
-    pairs: tuple[Pair, ...] = ()
-    norm_offset: float = 0.0
-    outputs: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
-    embeddings: str = "model.embed_tokens"
-    head: str = OUTPUT_HEAD
-    # vLLM hands a quantization to the output heads of these: a tied one needs it for the embeddings as well
-    quantizable_heads: tuple[Literal["tied", "untied"], ...] = ("tied", "untied")
-
-    experts: ExpertNames | None = None
-    routers: tuple[str, ...] = ()
-
-    @property
-    def row_parallel(self) -> tuple[str, ...]:
-        """How the names of layers end whose columns tensor parallelism splits."""
-        return (*self.outputs, *((self.experts.down,) if self.experts else ()))
-
-    def of(self, block: nn.Module) -> "Architecture":
-        """What ``block`` has of it, its experts spelled out."""
-        if self.experts is None:
-            return self
-        present, experts = {name for name, _ in block.named_modules()}, list(self.experts.of(block))
-        return replace(
-            self,
-            linears=(*filter(present.__contains__, self.linears), *(name for expert in experts for name in expert)),
-            fused=(*filter(present.issuperset, self.fused), *((gate, up) for gate, up, _ in experts)),
-            routers=tuple(filter(present.__contains__, self.routers)),
-        )
-
-    @property
-    def stages(self) -> list[tuple[str, ...]]:
-        """The linear layers in the order in which a block runs them; those that are fed one tensor together."""
-        together = {member: members for members in self.fused for member in members}
-        return list(dict.fromkeys(together.get(name, (name,)) for name in self.linears))
-
+_ROUTER, _GATE = "router", "gate of linear attention"
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -219,7 +155,7 @@ MIXTRAL = replace(
     pairs=(),
     outputs=("self_attn.o_proj",),
     experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
-    routers=("block_sparse_moe.gate",),
+    kept=(("block_sparse_moe.gate", _ROUTER),),
 )
 
 _SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
@@ -231,10 +167,10 @@ QWEN_MOE = replace(
     pairs=(),
     outputs=(*LLAMA.outputs, "mlp.shared_expert.down_proj"),
     experts=ExpertNames(),
-    routers=("mlp.gate", "mlp.shared_expert_gate"),
+    kept=(("mlp.gate", _ROUTER), ("mlp.shared_expert_gate", _ROUTER)),
 )
 
-OLMOE = replace(MIXTRAL, others=QWEN3.others, experts=ExpertNames(), routers=("mlp.gate",))
+OLMOE = replace(MIXTRAL, others=QWEN3.others, experts=ExpertNames(), kept=(("mlp.gate", _ROUTER),))
 
 _SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
 
@@ -243,6 +179,92 @@ GLM4_MOE = replace(
     linears=(*LLAMA.linears, *_SHARED_EXPERTS, "mlp.shared_experts.down_proj"),
     fused=(*LLAMA.fused, _SHARED_EXPERTS),
     outputs=(*LLAMA.outputs, "mlp.shared_experts.down_proj"),
+)
+
+EXAONE_MOE = replace(
+    GLM4_MOE,
+    others=(*GLM4_MOE.others, "mlp"),  # where its files have the bias that corrects the router's choice
+    experts=ExpertNames(moved=(("gate.e_score_correction_bias", "e_score_correction_bias"),)),
+)
+
+ERNIE_MOE = replace(
+    GLM4_MOE,
+    others=(*_NORMS, "mlp.moe_statics"),
+    experts=ExpertNames(moved=(("gate.moe_statics", "moe_statics"),)),
+)
+
+PHIMOE = replace(
+    MIXTRAL,
+    experts=ExpertNames("block_sparse_moe", "w1", "w3", "w2", moved=(("router", "gate"),)),
+    quantizable_heads=(),
+)
+
+_SHARED_MLP = ("mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj")
+
+# Latent attention: keys and values, and mostly queries too, go through a narrow layer first.
+DEEPSEEK = replace(
+    GLM4_MOE,
+    linears=(
+        "self_attn.q_proj",
+        "self_attn.q_a_proj",
+        "self_attn.kv_a_proj_with_mqa",
+        "self_attn.q_b_proj",
+        "self_attn.o_proj",
+        *(name for name in GLM4_MOE.linears if not name.startswith("self_attn.")),
+    ),
+    others=(*_NORMS, "self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+    fused=(("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), *GLM4_MOE.fused[1:]),
+    kept=(*GLM4_MOE.kept, ("self_attn.kv_b_proj", "layer that vLLM takes apart")),
+)
+
+# Most blocks have linear attention (gated delta rule) instead of attention; a gate scales what leaves either.
+QWEN3_5 = replace(
+    QWEN3,
+    linears=(
+        *_QKV,
+        "linear_attn.in_proj_qkv",
+        "linear_attn.in_proj_z",
+        "self_attn.o_proj",
+        "linear_attn.out_proj",
+        *_GATE_UP,
+        "mlp.down_proj",
+    ),
+    others=(*QWEN3.others, "linear_attn", "linear_attn.conv1d", "linear_attn.norm"),
+    fused=(*QWEN3.fused, ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z")),
+    pairs=(Pair("post_attention_layernorm", _GATE_UP, "norm"), _WITHIN_MLP),
+    norm_offset=1.0,
+    outputs=("self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"),
+    kept=(("linear_attn.in_proj_b", _GATE), ("linear_attn.in_proj_a", _GATE)),
+)
+
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    linears=(*QWEN3_5.linears, *_SHARED, "mlp.shared_expert.down_proj"),
+    fused=(*QWEN3_5.fused, _SHARED),
+    pairs=(),
+    outputs=(*QWEN3_5.outputs, "mlp.shared_expert.down_proj"),
+    experts=ExpertNames(),
+    kept=(*QWEN3_5.kept, *QWEN_MOE.kept),
+)
+
+_QKVZ = "linear_attn.in_proj_qkvz"
+
+QWEN3_NEXT = replace(
+    QWEN3_5_MOE,
+    linears=(*_QKV, _QKVZ, *(name for name in QWEN3_5_MOE.linears if "proj_z" not in name and "q" not in name)),
+    fused=(*QWEN3.fused, _SHARED),
+    kept=(("linear_attn.in_proj_ba", _GATE), *QWEN_MOE.kept),
+)
+
+HUNYUAN_DENSE = replace(LLAMA, others=(*_NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm"))
+
+HUNYUAN_MOE = replace(
+    OLMOE,
+    linears=(*OLMOE.linears, *_SHARED_MLP, "mlp.shared_mlp.down_proj"),
+    others=HUNYUAN_DENSE.others,
+    fused=(*OLMOE.fused, _SHARED_MLP),
+    outputs=(*OLMOE.outputs, "mlp.shared_mlp.down_proj"),
+    kept=(("mlp.gate.wg", _ROUTER),),
 )
 
 ARCHITECTURES = {
@@ -254,6 +276,7 @@ ARCHITECTURES = {
     "smollm3": LLAMA,
     "granite": LLAMA,
     "ernie4_5": LLAMA,
+    "qwen3_5_text": QWEN3_5,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
@@ -269,15 +292,25 @@ ARCHITECTURES = {
     "starcoder2": STARCODER2,
     "phi": PHI,
     "seed_oss": LLAMA,
-    "hunyuan_v1_dense": replace(LLAMA, others=(*_NORMS, "self_attn.query_layernorm", "self_attn.key_layernorm")),
+    "hunyuan_v1_dense": HUNYUAN_DENSE,
     "glm": GLM4,
     "apertus": APERTUS,
     "opt": OPT,
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN_MOE,
     "qwen3_moe": replace(QWEN_MOE, others=QWEN3.others),
+    "qwen3_next": QWEN3_NEXT,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
     "olmoe": OLMOE,
     "glm4_moe": GLM4_MOE,
+    "ernie4_5_moe": ERNIE_MOE,
+    "phimoe": PHIMOE,
+    "hunyuan_v1_moe": HUNYUAN_MOE,
+    "exaone_moe": EXAONE_MOE,
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "glm4_moe_lite": DEEPSEEK,
+    "flex_olmo": replace(OLMOE, others=POST_NORM.others),
 }
 
 
@@ -288,6 +321,9 @@ MULTIMODAL: dict[str, Architecture | None] = {
     "qwen2_vl": LLAMA,
     "qwen2_5_vl": LLAMA,
     "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": replace(QWEN_MOE, others=QWEN3.others),
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE,
     "mistral3": None,
     "llava": None,
     "internvl": None,

@@ -18,12 +18,13 @@ HOLDER = "mlp"  # what every block of transformers calls the module with its rou
 @dataclass(frozen=True)
 class ExpertNames:
     """As checkpoints have them. ``holder``: the block's module with router and experts. An expert computes
-    down(act(gate(x)) * up(x))."""
+    down(act(gate(x)) * up(x)). ``moved``: modules and buffers of the holder by transformers' name and the file's."""
 
     holder: str = HOLDER
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    moved: tuple[tuple[str, str], ...] = ()
 
     def of(self, block: nn.Module) -> Iterator[tuple[str, str, str]]:
         """(gate, up, down) of each expert of ``block``, relative to it; of none in a dense block."""
@@ -76,8 +77,29 @@ def unfuse(block: nn.Module, names: ExpertNames) -> None:
     if fused is None:
         return
     holder.experts = UnfusedExperts(fused, names)
+    for old, new in names.moved:
+        _move(holder, old, new)
     if names.holder != HOLDER:
-        # its forward goes on calling it by the old name, which is now that of an attribute and of no submodule
-        del block._modules[HOLDER]
-        block.add_module(names.holder, holder)
-        block.__dict__[HOLDER] = holder
+        _move(block, HOLDER, names.holder)
+
+
+def _move(module: nn.Module, old: str, new: str) -> None:
+    """Registers what is called ``old`` somewhere in ``module`` as its own ``new``. The forward of the one that had it
+    goes on calling it by its last name, which is now that of an attribute, and registered nowhere."""
+    parent, _, name = old.rpartition(".")
+    owner = module.get_submodule(parent)
+    if name in owner._modules:
+        part = owner.get_submodule(name)
+        del owner._modules[name]
+        module.add_module(new, part)
+        owner.__dict__[name] = part
+        return
+    module.register_buffer(new, owner._buffers.pop(name))
+    lend = partial(_lend, module, new, name)
+    lend(owner, ())
+    owner.register_forward_pre_hook(lend)
+
+
+def _lend(place: nn.Module, new: str, name: str, owner: nn.Module, _: tuple[object, ...]) -> None:
+    """Anew before each run: where a model is loaded or moved to a device, a buffer becomes another tensor."""
+    owner.__dict__[name] = place.get_buffer(new)

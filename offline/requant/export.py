@@ -1,6 +1,5 @@
 """A checkpoint rewritten for programs that do not know its format: the work of ``requant export``."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,10 +118,10 @@ def _compressed_config(stored: StoredCheckpoint, expected: Expected) -> dict[str
     """Of config.json: each scheme with the names of its layers, the others in ``ignore``."""
     names: dict[LayerScheme, list[str]] = {}
     for layer, (scheme, _) in expected.layers.items():
-        names.setdefault(scheme, []).append(re.escape(layer))
+        names.setdefault(scheme, []).append(layer)
     architecture = architectures.architecture_of(expected.skeleton.config)
     linears = models.linears(expected.skeleton, architecture)
-    groups = {f"group_{i}": _group(scheme, "|".join(layers)) for i, (scheme, layers) in enumerate(names.items())}
+    groups = {f"group_{i}": _group(scheme, layers) for i, (scheme, layers) in enumerate(names.items())}
     formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": COMPRESSED,
@@ -133,11 +132,12 @@ def _compressed_config(stored: StoredCheckpoint, expected: Expected) -> dict[str
     }
 
 
-def _group(scheme: LayerScheme, pattern: str) -> dict[str, Any]:
+def _group(scheme: LayerScheme, layers: list[str]) -> dict[str, Any]:
+    """``layers``: whole names, because vLLM renames those, but no patterns, where its model calls them otherwise."""
     weights, inputs = scheme.weights, scheme.activations
     by_group = weights.group_size != -1
     group: dict[str, Any] = {
-        "targets": [f"re:^(?:{pattern})$"],
+        "targets": layers,
         "format": "int-quantized" if inputs else "pack-quantized",
         "weights": {
             "num_bits": weights.bits,

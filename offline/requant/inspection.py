@@ -9,7 +9,8 @@ from requant_kernels.weight import tensor_names
 from transformers import PreTrainedModel
 
 from requant import architectures, models, output_head
-from requant.report import ROUTER, LayerRow, Totals
+from requant.architecture import Architecture
+from requant.report import LayerRow, Totals
 from requant.sources import resolve, supported_config
 from requant.stored import StoredCheckpoint, open_checkpoint
 
@@ -26,7 +27,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
             _row(stored, name, (linear.out_features, linear.in_features), stored.scheme.for_layer(name))
             for name, linear in models.linears(model, architecture).items()
         ]
-        rows += [LayerRow.skipped(name, weight, ROUTER) for name, weight in models.routers(model, architecture).items()]
+        rows += [LayerRow.skipped(name, *one) for name, one in models.kept(model, architecture).items()]
         head = _head_row(stored, model, architecture)
     except KeyError as error:
         raise CheckpointError(f"{stored.contents_file}: {error.args[0]}: missing") from None
@@ -35,7 +36,7 @@ def layer_rows(folder: Path) -> tuple[list[LayerRow], Totals]:
     return [*rows, head], Totals.of(rows, head, sum(tensor.nbytes for tensor in stored.tensors.values()))
 
 
-def _head_row(stored: StoredCheckpoint, model: PreTrainedModel, architecture: architectures.Architecture) -> LayerRow:
+def _head_row(stored: StoredCheckpoint, model: PreTrainedModel, architecture: Architecture) -> LayerRow:
     weight, reason = models.head(model, architecture)
     scheme = output_head.scheme_of(stored.scheme, model.config)
     if scheme is None:

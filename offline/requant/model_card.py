@@ -4,6 +4,7 @@ from typing import Any
 
 import yaml
 
+from requant.architectures import MULTIMODAL
 from requant.report import Report, megabytes
 from requant.sources import Source
 
@@ -37,7 +38,7 @@ In transformers, decoded to full precision:
     import requant
     model = requant.load_quantized("FOLDER")
 
-`AutoModelForCausalLM.from_pretrained("FOLDER")` decodes too, but only after `import requant.hf`: without it,
+`from_pretrained("FOLDER")` of transformers' own classes decodes too, but only after `import requant.hf`: without it,
 transformers does not know the format and fills the linear layers with random numbers.
 
 ## Recipe
@@ -49,7 +50,8 @@ transformers does not know the format and fills the linear layers with random nu
 
 def model_card(report: Report, source: Source) -> str:
     front: dict[str, Any] = {"base_model": report.model} | _license(source)
-    front |= {"library_name": "vllm", "tags": ["requant", "quantized"], "pipeline_tag": "text-generation"}
+    task = "image-text-to-text" if source.raw["model_type"] in MULTIMODAL else "text-generation"
+    front |= {"library_name": "vllm", "tags": ["requant", "quantized"], "pipeline_tag": task}
     total = report.total
     return _CARD.format(
         front=yaml.safe_dump(front, sort_keys=False).strip(),

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key, revert_weight_conversion
 
-from requant.architectures import ARCHITECTURES, LANGUAGE_MODEL, MULTIMODAL, Architecture, architecture_of
+from requant.architecture import Architecture
+from requant.architectures import ARCHITECTURES, LANGUAGE_MODEL, MULTIMODAL, architecture_of
 from requant.errors import InputError
 from requant.experts import unfuse
 
@@ -54,7 +55,7 @@ def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.
     found: dict[str, nn.Linear] = {}
     for prefix, block in blocks(model, architecture):
         local = architecture.of(block)
-        known = {*local.linears, *local.others, *local.routers}
+        known = {*local.linears, *local.others, *dict(local.kept)}
         for name in dict.fromkeys(tensor.rpartition(".")[0] for tensor, _ in stored_tensors(block)):
             if name not in known:
                 raise InputError(f"{prefix}.{name}: not known in a block of {model.config.model_type!r}")
@@ -65,12 +66,12 @@ def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.
     return found
 
 
-def routers(model: PreTrainedModel, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """The weights [E, C] of all blocks' routers and gates by the full name of the layer; never quantized."""
+def kept(model: PreTrainedModel, architecture: Architecture) -> dict[str, tuple[torch.Tensor, str]]:
+    """The weights of all blocks' layers that are never quantized, such as routers, by full name, and what they are."""
     return {
-        f"{prefix}.{name}": block.get_parameter(f"{name}.weight")
+        f"{prefix}.{name}": (block.get_parameter(f"{name}.weight"), what)
         for prefix, block in blocks(model, architecture)
-        for name in architecture.of(block).routers
+        for name, what in architecture.of(block).kept
     }
 
 

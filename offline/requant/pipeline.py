@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from requant import architectures, models, output_head, sources
+from requant.architecture import Architecture
 from requant.aweq import int8
 from requant.calibrated.run import Calibrated, CalibratedRun
 from requant.calibrated.subject import Subject
@@ -29,7 +30,7 @@ from requant.planning import fitted, plan
 from requant.progress import track
 from requant.quantizers.bases import DATA_FREE
 from requant.recipe import Recipe
-from requant.report import REPORT_FILE, ROUTER, LayerRow, Report, Totals
+from requant.report import REPORT_FILE, LayerRow, Report, Totals
 from requant.sensitivity.store import Stores, offloaded
 from requant.stages import Stages, digest, folder_of
 from requant.staging import staged
@@ -100,7 +101,7 @@ def run(
 class _Walk:
     """Once through a model, block by block: every tensor ends in ``shards``, every linear layer in a row."""
 
-    architecture: architectures.Architecture
+    architecture: Architecture
     scheme: CheckpointScheme
     recipe: Recipe
     device: torch.device
@@ -146,8 +147,8 @@ class _Walk:
                 self.shards.add(name, tensor)
                 if linear:
                     rows.append(LayerRow.skipped(layer, tensor, "ignored by the recipe"))
-                elif local.removesuffix(".weight") in architecture.routers:
-                    rows.append(LayerRow.skipped(layer, tensor, ROUTER))
+                elif what := dict(architecture.kept).get(local.removesuffix(".weight")):
+                    rows.append(LayerRow.skipped(layer, tensor, what))
         return rows
 
     def _add(self, layer: str, stored: QuantizedLayer) -> None:

@@ -11,6 +11,7 @@ from requant_kernels.scheme import GROUP_SIZES, HEAD_SCHEME, CheckpointScheme, L
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from requant import architectures, models, output_head
+from requant.architecture import Architecture
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
 from requant.recipe import Recipe
@@ -34,12 +35,7 @@ def plan(config: PreTrainedConfig, recipe: Recipe, producer: dict[str, str]) -> 
     scheme = CheckpointScheme(
         recipe.layer_scheme,
         overrides=({head: HEAD_SCHEME} if recipe.quantize_lm_head else {}) | recipe.layer_schemes,
-        ignore=(
-            *(() if recipe.quantize_lm_head else (head,)),
-            *_routers(architecture),
-            *_towers(model),
-            *recipe.ignore,
-        ),
+        ignore=(*(() if recipe.quantize_lm_head else (head,)), *_kept(model, architecture), *recipe.ignore),
         producer=producer,
     )
     if recipe.quantize_lm_head and not output_head.scheme_of(scheme, config):
@@ -93,14 +89,11 @@ def _refuse_shapes(in_features: dict[str, int], group_size: int) -> None:
             )
 
 
-def _routers(architecture: architectures.Architecture) -> list[str]:
-    """Patterns of what decides between experts: small, and a wrong decision costs more than any rounding."""
-    return [rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(name)}" for name in architecture.routers]
-
-
-def _towers(model: PreTrainedModel) -> list[str]:
-    """Patterns of what a model has beside its language model: calibration, which is text, does not reach it."""
-    return [rf"{re.escape(name)}\..*" for name in models.towers(model)]
+def _kept(model: PreTrainedModel, architecture: Architecture) -> list[str]:
+    """Patterns of what is never quantized: routers, which are small, and whose wrong decision costs more than any
+    rounding, and what a model has beside its language model, where calibration, which is text, does not reach."""
+    inside = [rf"{re.escape(architecture.blocks)}\.\d+\.{re.escape(name)}" for name, _ in architecture.kept]
+    return [*inside, *(rf"{re.escape(name)}\..*" for name in models.towers(model))]
 
 
 def _refuse_for_experts(recipe: Recipe, model_type: str) -> None:

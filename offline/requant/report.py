@@ -13,7 +13,6 @@ from requant_kernels.scheme import LayerScheme
 from requant_kernels.weight import DenseSparseWeight
 
 REPORT_FILE = "requant_report.json"
-ROUTER = "router"  # why one is stored as it was
 
 
 @dataclass(frozen=True)

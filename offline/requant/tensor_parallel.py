@@ -16,7 +16,8 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     architecture = architectures.architecture_of(model.config)
     linears = models.linears(model, architecture)
     first, *_, last = linears
-    key = first.removesuffix(architecture.linears[0]) + architecture.stages[0][-2:][0]  # or what makes all three
+    prefix, block = next(models.blocks(model, architecture))
+    key = f"{prefix}.{architecture.of(block).stages[0][-2:][0]}"  # or what makes all three
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     downs = {

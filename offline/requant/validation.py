@@ -28,7 +28,7 @@ _STEPS = ("input_scale", "input_zero_point")
 class Expected:
     """What config.json promises: (scheme, [N, K]) of each quantized layer by the name that it is stored under, the
     shapes of all other tensors, and the dtype of every floating-point tensor as safetensors spells it; buffers, such as
-    biases of routers, may be float32 in any model."""
+    biases of routers, may be float32 in any model, and so may what the model itself makes so, such as routers."""
 
     skeleton: PreTrainedModel
     layers: dict[str, tuple[LayerScheme, tuple[int, int]]]
@@ -69,7 +69,7 @@ def defects(folder: Path, degrees: tuple[int, ...] = (), *, contents: bool = Tru
         yield Defect("config.json", str(error).removeprefix("config.json: "))
         return
     yield from stored.defects
-    for line in (*split_fused(stored.scheme, expected.skeleton), *_quantized_routers(stored, expected.skeleton)):
+    for line in (*split_fused(stored.scheme, expected.skeleton), *_quantized_kept(stored, expected.skeleton)):
         yield Defect("config.json", line)
     for degree in degrees:
         for line in obstacles(expected.skeleton, degree):
@@ -88,10 +88,10 @@ def remarks(folder: Path, degrees: tuple[int, ...]) -> Iterator[str]:
         yield from cut_groups(expected.skeleton, expected.layers, degree)
 
 
-def _quantized_routers(stored: StoredCheckpoint, model: PreTrainedModel) -> Iterator[str]:
-    for name in models.routers(model, architectures.architecture_of(model.config)):
+def _quantized_kept(stored: StoredCheckpoint, model: PreTrainedModel) -> Iterator[str]:
+    for name, (_, what) in models.kept(model, architectures.architecture_of(model.config)).items():
         if stored.scheme.for_layer(name):
-            yield f"{name}: a router is stored as it is, so a pattern of 'ignore' must match it"
+            yield f"{name}: a {what} is stored as it is, so a pattern of 'ignore' must match it"
 
 
 def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]:
@@ -102,10 +102,11 @@ def _structure(stored: StoredCheckpoint, expected: Expected) -> Iterator[Defect]
         for name in tensor_names(scheme):
             known.add(f"{layer}.{name}")
             yield from _tensor(stored, f"{layer}.{name}", shapes.get(name), expected.dtype)
-    buffers = {name for name, _ in expected.skeleton.named_buffers()}
+    wide = {name for name, _ in expected.skeleton.named_buffers()}
+    wide |= {name for name, tensor in expected.skeleton.named_parameters() if tensor.dtype == torch.float32}
     for name, shape in expected.others.items():
-        wide = name in buffers and name in stored.tensors and stored.tensors[name].dtype == "F32"
-        yield from _tensor(stored, name, shape, "F32" if wide else expected.dtype, exact=True)
+        found = name in wide and name in stored.tensors and stored.tensors[name].dtype == "F32"
+        yield from _tensor(stored, name, shape, "F32" if found else expected.dtype, exact=True)
     for name in sorted(stored.tensors.keys() - known):
         yield Defect(stored.tensors[name].file, f"{name}: not expected in this model")
 

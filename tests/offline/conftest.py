@@ -25,6 +25,15 @@ SMALL = {
     "ffn_dim": 128,  # these two are OPT's
     "word_embed_proj_dim": 64,
 }
+# A block of linear attention, and one of the usual kind.
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+OWN = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,7 +49,7 @@ def tiny(tmp_path_factory) -> Callable[..., Path]:
     def make(model_type: str = "llama", dtype: torch.dtype = torch.bfloat16, **changes: object) -> Path:
         folder = tmp_path_factory.mktemp("models") / model_type
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **SMALL | changes)
+        config = AutoConfig.for_model(model_type, **SMALL | OWN.get(model_type, {}) | changes)
         AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
         return folder
 

@@ -28,6 +28,16 @@ from transformers import AutoModelForCausalLM
 
 W4 = WeightScheme(4, 32, symmetric=False)
 SIZES = {"num_hidden_layers": 2, "num_experts_per_tok": 2}
+LATENT = {
+    "moe_intermediate_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 EXPERTS = {
     "mixtral": SIZES | {"num_local_experts": 4},
     "qwen2_moe": SIZES
@@ -49,6 +59,18 @@ EXPERTS = {
         "topk_group": 1,
         "use_qk_norm": True,
     },
+    "qwen3_next": SIZES | {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 32},
+    "qwen3_5_moe_text": SIZES | {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 32},
+    # routers in float32; their biases have another place in the file, as has phimoe's router
+    "ernie4_5_moe": SIZES | {"moe_num_experts": 4, "moe_intermediate_size": 64},
+    "phimoe": SIZES | {"num_local_experts": 4, "lm_head_bias": True},
+    "hunyuan_v1_moe": SIZES | {"num_experts": 4},
+    "exaone_moe": SIZES | {"num_experts": 4, "moe_intermediate_size": 64},
+    "flex_olmo": SIZES | {"num_experts": 4},
+    # queries by one layer, and by a narrow one first
+    "deepseek_v2": SIZES | LATENT | {"n_routed_experts": 4, "q_lora_rank": None, "first_k_dense_replace": 1},
+    "deepseek_v3": SIZES | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
+    "glm4_moe_lite": SIZES | LATENT | {"n_routed_experts": 4},
 }
 IDS = torch.arange(1, 40)[None]
 
@@ -72,12 +94,17 @@ def test_unfused_experts_compute_what_transformers_does_and_are_called_as_in_the
     assert dict(models.stored_tensors(unfused)).keys() == load_file(model / "model.safetensors").keys()
 
 
-def test_what_is_no_parameter_is_stored_as_well(tiny, tmp_path):
-    source, out = tiny("glm4_moe", **EXPERTS["glm4_moe"]), tmp_path / "out"
-    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+@pytest.mark.parametrize(("kind", "where"), [("glm4_moe", "mlp.gate"), ("exaone_moe", "mlp")])
+def test_what_is_no_parameter_is_stored_as_well(kind, where, tiny, tmp_path):
+    source, out = tiny(kind, **EXPERTS[kind]), tmp_path / "out"
+    bias = f"model.layers.1.{where}.e_score_correction_bias"
     tensors = load_file(source / "model.safetensors")
     tensors[bias] = torch.arange(4.0)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        logits, expected = deepcopy(load(resolve(source), torch.float32))(IDS).logits, original(IDS).logits
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
     api.quantize(source, out, Recipe(W4))
     stored = load_file(out / "model.safetensors")
     assert stored[bias].dtype == torch.float32
@@ -100,10 +127,13 @@ def test_every_expert_is_stored_checked_listed_and_loaded(model, tmp_path):
     linears = models.linears(original, architectures.ARCHITECTURES[original.config.model_type])
     assert {row.name for row in report.layers if row.scheme} == set(linears)
     routers = {row.name for row in report.layers if row.reason == "router"}
-    assert {name.rpartition(".")[2] for name in routers} <= {"gate", "shared_expert_gate"}
+    assert {name.rpartition(".")[2] for name in routers} <= {"gate", "wg", "shared_expert_gate"}
     assert routers
+    apart = {row.name for row in report.layers if row.reason == "layer that vLLM takes apart"}
+    latent = hasattr(original.config, "kv_lora_rank")
+    assert {name.rpartition(".")[2] for name in apart} == ({"kv_b_proj"} if latent else set())
     loaded, stored = api.load_quantized(out), load_file(out / "model.safetensors")
-    for name in routers:
+    for name in routers | apart:
         assert torch.equal(loaded.get_parameter(f"{name}.weight"), stored[f"{name}.weight"].float())
     for name, linear in linears.items():
         weight = loaded.get_parameter(f"{name}.weight")

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Pro
 
 from tests.vllm_requant.checkpoints import randomize
 
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 FIXTURE = Path(__file__).parents[1] / "fixtures/micro-llama-en"
 TEXT = {
     "hidden_size": 192,
@@ -33,6 +34,19 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 320,
+    "shared_expert_intermediate_size": 192,
 }
 SIDE = {"height": 28, "width": 28}
 NEWLINES = {f"newline_{n}": "\n" * n for n in range(1, 5)}  # which vLLM's Gemma 3 looks for
@@ -87,6 +101,7 @@ def _qwen_vl(kind: str) -> Made:
     tokenizer, number = _tokenizer(**names, start="<|vision_start|>", end="<|vision_end|>")
     tokens = {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
     tokens |= {"vision_start_token_id": number("<|vision_start|>"), "vision_end_token_id": number("<|vision_end|>")}
+    text: dict[str, Any] = {}
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     tower: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 14}
     if kind == "qwen2_vl":
@@ -95,17 +110,24 @@ def _qwen_vl(kind: str) -> Made:
         tower |= {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 192}
     if kind == "qwen2_5_vl":
         tower["fullatt_block_indexes"] = [1]
-    if kind == "qwen3_vl":
-        tower |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    if kind.startswith("qwen3"):
+        tower["num_position_embeddings"] = 16
         rope["mrope_interleaved"] = True
-    config = {"text_config": TEXT | {"rope_parameters": rope}, "vision_config": tower, "tie_word_embeddings": False}
+    if kind.startswith("qwen3_vl"):
+        tower["deepstack_visual_indexes"] = [0]
+    if kind.startswith("qwen3_5"):
+        text |= LINEAR
+        rope["partial_rotary_factor"] = 1.0
+    if kind.endswith("_moe"):
+        text |= EXPERTS
+    config = {"text_config": TEXT | text | {"rope_parameters": rope}, "vision_config": tower}
+    config["tie_word_embeddings"] = False
     size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 112}
     patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": size}
     processor, videos = {
         "qwen2_vl": (transformers.Qwen2VLProcessor, transformers.Qwen2VLVideoProcessor),
         "qwen2_5_vl": (transformers.Qwen2_5_VLProcessor, transformers.Qwen2VLVideoProcessor),
-        "qwen3_vl": (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor),
-    }[kind]
+    }.get(kind, (transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor))
     images = transformers.Qwen2VLImageProcessor(**patches)
     return config | tokens, processor(images, tokenizer, videos(**patches))
 
@@ -139,14 +161,14 @@ def _internvl(kind: str) -> Made:
 
 _MAKERS: dict[str, Callable[[str], Made]] = {
     "gemma3": _gemma3,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen_vl),
+    **dict.fromkeys(QWEN, _qwen_vl),
     "mistral3": _mistral3,
     "llava": _llava,
     "internvl": _internvl,
 }
 PLACEHOLDERS = {
     "gemma3": "<start_of_image>",
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|vision_start|><|image_pad|><|vision_end|>"),
+    **dict.fromkeys(QWEN, "<|vision_start|><|image_pad|><|vision_end|>"),
     "mistral3": "[IMG]",
     "llava": "<image>",
     "internvl": "<IMG_CONTEXT>",

@@ -10,7 +10,7 @@ from requant_kernels.errors import SchemeError
 from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.tensor_parallel import Shape, obstacles
 from transformers import PreTrainedConfig
-from vllm.config import ModelConfig
+from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -75,6 +75,37 @@ def test_fused_layers_that_differ_are_refused_by_name(arguments):
 def test_what_cannot_be_served_is_refused_by_name():
     with pytest.raises(SchemeError, match=r"^lm_head: an output head can be int8"):
         config().get_quant_method(layer(ParallelLMHead), "lm_head")
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "visual.blocks.0.attn.qkv",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        "multi_modal_projector.linear_1",
+        "model.connector.modality_projection.proj",
+        "audio_tower.layers.0.fc1",
+        "language_model.model.layers.0.mlp.gate",
+    ],
+)
+def test_in_flight_only_a_language_model_is_rounded(prefix):
+    linear = layer(ColumnParallelLinear)
+    linear.input_size = 64
+    assert isinstance(RequantConfig().get_quant_method(linear, prefix), UnquantizedLinearMethod)
+    inside = RequantConfig().get_quant_method(linear, "language_model.model.layers.0.mlp.up_proj")
+    assert isinstance(inside, DenseSparseLinearMethod)
+
+
+def test_latent_attention_is_not_compiled_for_a_cpu():
+    name, some = f"{BLOCK}.kv_b_proj", config(ignore=(r".*kv_b_proj",))
+    with set_current_vllm_config(VllmConfig(compilation_config={"mode": CompilationMode.NONE})):
+        assert isinstance(some.get_quant_method(layer(ColumnParallelLinear), name), UnquantizedLinearMethod)
+    compiled = VllmConfig(compilation_config={"mode": CompilationMode.DYNAMO_TRACE_ONCE})
+    with (
+        set_current_vllm_config(compiled),
+        pytest.raises(SchemeError, match=rf"^{re.escape(name)}: .* --enforce-eager"),
+    ):
+        some.get_quant_method(layer(ColumnParallelLinear), name)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ from tests.vllm_requant.test_serving import assert_equal
 pytest.importorskip("torchvision", reason="processors of images, and vLLM's models that see them, need torchvision")
 from tests.vllm_requant.multimodal import PLACEHOLDERS, image, make
 
+# vLLM has no other dtype for linear attention on CPUs
+SERVED = {key: {"dtype": "bfloat16"} for key in ("qwen3_5", "qwen3_5_moe")}
+# two blocks of seven; with linear attention one layer less; with four experts and a shared one
+LAYERS = {"qwen3_vl_moe": 2 * (4 + 12), "qwen3_5": 13, "qwen3_5_moe": 2 * 15 + 4 + 3}
 PROMPTS = {kind: f"It is a truth{PLACEHOLDERS[kind]} universally" for kind in MULTIMODAL}
 
 
@@ -38,7 +42,10 @@ def checkpoints(originals: dict[str, Path], tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     common = {"enforce_eager": True, "dtype": "float32", "skip_tokenizer_init": False, "max_num_batched_tokens": 512}
-    jobs = [common | {"model": checkpoints[k], "turns": [{"ask": "see", "prompts": [PROMPTS[k]]}]} for k in MULTIMODAL]
+    jobs = [
+        common | SERVED.get(k, {}) | {"model": checkpoints[k], "turns": [{"ask": "see", "prompts": [PROMPTS[k]]}]}
+        for k in MULTIMODAL
+    ]
     results = run_jobs(jobs, tmp_path_factory.mktemp("served") / "all")
     return {kind: one[0] if isinstance(one, list) else one for kind, one in zip(MULTIMODAL, results, strict=True)}
 
@@ -53,7 +60,7 @@ def test_all_but_the_language_model_is_as_it_was(
     assert all(torch.equal(after[name], before[name]) for name in beside)
     assert not [name for name in beside for other in after if other != name and other.startswith(f"{name}_")]
     packed = {name for name in after if name.endswith("weight_packed")}
-    assert len(packed) == 14
+    assert len(packed) == LAYERS.get(kind, 14)
     assert all(name.startswith("model.language_model.layers.") for name in packed)
     assert not api.check(checkpoints[kind])
 
@@ -63,4 +70,4 @@ def test_it_is_served(kind: str, served: dict[str, dict], checkpoints: dict[str,
     inputs = AutoProcessor.from_pretrained(checkpoints[kind])(text=PROMPTS[kind], images=[image()], return_tensors="pt")
     with torch.no_grad():
         logits = api.load_quantized(checkpoints[kind])(**inputs).logits[0, :-1]
-    assert_equal(served[kind], [logits.log_softmax(-1)], atol=1e-5)
+    assert_equal(served[kind], [logits.log_softmax(-1)], atol=0.03 if kind in SERVED else 1e-5)

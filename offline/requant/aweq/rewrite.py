@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from requant.architectures import Architecture, Pair
+from requant.architecture import Architecture, Pair
 from requant.aweq.equalization import ChannelRange, RangeKind, fold_heads, spread_heads, weight_range
 from requant.errors import InputError
 

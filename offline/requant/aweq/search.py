@@ -8,7 +8,7 @@ import torch
 from requant_kernels.scheme import ActivationScheme, LayerScheme
 from torch import nn
 
-from requant.architectures import Pair
+from requant.architecture import Pair
 from requant.aweq.equalization import ChannelRange, scales
 from requant.aweq.installed import RoundInput
 from requant.aweq.observe import input_ranges

@@ -10,7 +10,7 @@ from requant_kernels.layer import QuantizedLayer
 from requant_kernels.scheme import LayerScheme
 from transformers import PreTrainedConfig
 
-from requant.architectures import Architecture
+from requant.architecture import Architecture
 from requant.aweq.ending import Ending
 from requant.aweq.rewrite import Rewriter
 from requant.aweq.search import Equalizer

@@ -9,7 +9,8 @@ from requant_kernels.scheme import LayerScheme, WeightScheme
 from torch import nn
 from transformers import PreTrainedModel
 
-from requant import architectures, models
+from requant import models
+from requant.architecture import Architecture
 from requant.quantizers import clip, kmeans
 from requant.recipe import Recipe
 from requant.sensitivity.pqi import Path
@@ -28,7 +29,7 @@ class Subject:
     """
 
     network: PreTrainedModel
-    architecture: architectures.Architecture
+    architecture: Architecture
     schemes: Mapping[str, LayerScheme]
     recipe: Recipe
     dtype: torch.dtype

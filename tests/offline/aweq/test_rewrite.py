@@ -3,6 +3,7 @@ from copy import deepcopy
 import pytest
 import torch
 from requant import architectures, models
+from requant.architecture import Architecture
 from requant.aweq.equalization import FLOOR, ChannelRange, scales
 from requant.aweq.rewrite import Rewriter
 from requant.errors import InputError
@@ -139,6 +140,6 @@ def test_a_parameter_that_leaves_the_dtype_is_equalizations_fault():
 
 def test_unknown_pairs_are_named_with_the_way_out():
     model = tiny_model("mistral")
-    bare = architectures.Architecture(blocks="model.layers", linears=(), others=(), fused=())
+    bare = Architecture(blocks="model.layers", linears=(), others=(), fused=())
     with pytest.raises(InputError, match=r"architecture 'mistral': no equalization pairs are known .*--equalize none"):
         Rewriter.of(model.config, bare, torch.float32)
