@@ -46,7 +46,7 @@ EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 320,
-    "shared_expert_intermediate_size": 192,
+    "norm_topk_prob": True,  # which vLLM asks for, and the hub's files say
 }
 SIDE = {"height": 28, "width": 28}
 NEWLINES = {f"newline_{n}": "\n" * n for n in range(1, 5)}  # which vLLM's Gemma 3 looks for
@@ -116,7 +116,7 @@ def _qwen_vl(kind: str) -> Made:
     if kind.startswith("qwen3_vl"):
         tower["deepstack_visual_indexes"] = [0]
     if kind.startswith("qwen3_5"):
-        text |= LINEAR
+        text |= LINEAR | {"shared_expert_intermediate_size": 192}  # which misleads vLLM in others
         rope["partial_rotary_factor"] = 1.0
     if kind.endswith("_moe"):
         text |= EXPERTS
