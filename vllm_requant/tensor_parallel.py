@@ -18,6 +18,7 @@ def refuse_degree(config: VllmConfig) -> None:
         model.model_arch_config.total_num_attention_heads,
         model.get_total_num_kv_heads(),
         next((width for width in widths if isinstance(width, int)), degree),  # an unknown width is vLLM's to refuse
+        getattr(model.hf_text_config, "linear_num_key_heads", 0),
     )
     if found := obstacles(shape, degree):
         raise SchemeError(f"tensor parallelism: {'; '.join(found.values())}")

@@ -8,11 +8,13 @@ from math import gcd
 @dataclass(frozen=True)
 class Shape:
     """What vLLM splits: attention by heads (key/value heads are copied where there are fewer than ranks), the MLP by
-    its inner ``width``. Embeddings are padded and forbid nothing."""
+    its inner ``width``, linear attention by its heads of keys, of which those of values are a multiple. Embeddings are
+    padded and forbid nothing."""
 
     heads: int
     key_value_heads: int
     width: int
+    linear_heads: int = 0
 
 
 def obstacles(shape: Shape, degree: int) -> dict[str, str]:
@@ -27,6 +29,8 @@ def obstacles(shape: Shape, degree: int) -> dict[str, str]:
         )
     if width % degree:
         found["width"] = f"{width} inner channels can not be split over {degree} ranks"
+    if shape.linear_heads % degree:
+        found["linear_heads"] = f"{shape.linear_heads} heads of linear attention can not be split over {degree} ranks"
     return found
 
 

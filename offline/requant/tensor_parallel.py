@@ -15,18 +15,21 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     config = model.config.get_text_config()
     architecture = architectures.architecture_of(model.config)
     linears = models.linears(model, architecture)
-    first, *_, last = linears
-    prefix, block = next(models.blocks(model, architecture))
-    key = f"{prefix}.{architecture.of(block).stages[0][-2:][0]}"  # or what makes all three
+    *_, last = linears
+    stages = models.shared_schemes(model, architecture)
+    first, *others = next(stage for stage in stages if ".self_attn." in stage[0])
+    key = others[0] if others else first  # which makes all three
+    linear = next((stage[0] for stage in stages if ".linear_attn." in stage[0]), first)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
+    linear_heads = getattr(config, "linear_num_key_heads", 0)
     downs = {
         linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == last.split(".")[-1]
     }
     lines: dict[str, None] = {}  # in order, each once
     for width, down in downs.items():
-        layer_of = {"heads": first, "key_value_heads": key, "width": down}
-        found = tensor_parallel.obstacles(tensor_parallel.Shape(heads, kv_heads, width), degree)
+        layer_of = {"heads": first, "key_value_heads": key, "width": down, "linear_heads": linear}
+        found = tensor_parallel.obstacles(tensor_parallel.Shape(heads, kv_heads, width, linear_heads), degree)
         lines |= dict.fromkeys(f"{layer_of[field]}: {why}" for field, why in found.items())
     return list(lines)
 

@@ -18,6 +18,8 @@ from tests.kernels.strategies import random_weight
         (Shape(12, 2, 384), 3, ["key_value_heads"]),
         (Shape(12, 4, 384), 6, ["key_value_heads"]),
         (Shape(12, 4, 386), 4, ["width"]),
+        (Shape(12, 4, 384, 16), 4, []),
+        (Shape(12, 4, 384, 2), 4, ["linear_heads"]),
         (Shape(9, 3, 1536), 2, ["heads", "key_value_heads"]),
         (Shape(4, 2, 128), 3, ["heads", "key_value_heads", "width"]),
     ],
