@@ -247,11 +247,9 @@ QWEN3_5_MOE = replace(
     kept=(*QWEN3_5.kept, *QWEN_MOE.kept),
 )
 
-_QKVZ = "linear_attn.in_proj_qkvz"
-
 QWEN3_NEXT = replace(
     QWEN3_5_MOE,
-    linears=(*_QKV, _QKVZ, *(name for name in QWEN3_5_MOE.linears if "proj_z" not in name and "q" not in name)),
+    linears=tuple(name.replace("_qkv", "_qkvz") for name in QWEN3_5_MOE.linears if name != "linear_attn.in_proj_z"),
     fused=(*QWEN3.fused, _SHARED),
     kept=(("linear_attn.in_proj_ba", _GATE), *QWEN_MOE.kept),
 )

@@ -109,6 +109,8 @@ def outer_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterato
 
 def names_beside(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Of the names of a file's tensors, those of towers: by the names that ``model`` has for them."""
+    if not towers(model):
+        return {}
     renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
     renamed = {rename_source_key(name, renamings, [])[0]: name for name in stored}
     return {name: renamed[name] for name in _beside(model, renamed)}

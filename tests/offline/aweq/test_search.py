@@ -43,7 +43,8 @@ def equalizer_of(model, schemes, settings):
 
 
 def equalize(model, scheme, settings):
-    linears = architectures.ARCHITECTURES[model.config.model_type].linears
+    architecture = architectures.ARCHITECTURES[model.config.model_type]
+    linears = architecture.of(next(models.blocks(model, architecture))[1]).linears
     block, calls, equalizer = equalizer_of(model, dict.fromkeys(linears, scheme), settings)
     return equalizer.equalize(block, calls.hidden, calls.keywords[0])[0]
 

@@ -21,6 +21,7 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -34,6 +35,14 @@ _COMMON = {
     "max_position_embeddings": 64,
 }
 _LLAMA = _COMMON | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+# A block of linear attention, and one of the usual kind.
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
 CONFIGS = {
     "llama with grouped queries": LlamaConfig(**_LLAMA),
@@ -42,6 +51,7 @@ CONFIGS = {
     "mistral": MistralConfig(**_LLAMA),
     "qwen2": Qwen2Config(**_LLAMA),
     "qwen3": Qwen3Config(**_LLAMA),
+    "qwen3.5": Qwen3_5TextConfig(**_LLAMA, **_LINEAR),
     "gemma": GemmaConfig(**_LLAMA),
     "gemma2": Gemma2Config(**_LLAMA),
     "gemma3": Gemma3TextConfig(**_LLAMA),
