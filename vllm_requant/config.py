@@ -16,7 +16,7 @@ _LOG = init_logger(__name__)
 # Linear layers that are never rounded in flight: routers, and the output heads of classifiers and reward models.
 KEPT = ("gate", "router", "shared_expert_gate", "score", "classifier")
 # Nor what turns images and sound into inputs of a language model, whatever vLLM's models call it.
-TOWER = re.compile(r"visual|(vision|audio|vit)_\w+|(\w+_)?projector|connector|resampler|vpm|apm")
+TOWER = re.compile(r"visual|(vision|audio|vit)_\w+|embed_(vision|audio)|(\w+_)?projector|connector|resampler|vpm|apm")
 
 
 class RequantConfig(QuantizationConfig):  # type: ignore[misc]

@@ -42,6 +42,15 @@ GEMMA2 = replace(
     pairs=(_INTO_ATTENTION, _WITHIN_ATTENTION, Pair("pre_feedforward_layernorm", _GATE_UP, "norm"), _WITHIN_MLP),
 )
 
+# Values have a norm of their own, and are the keys in some blocks; a number scales what leaves a block. What feeds its
+# smaller models beside (inputs of each layer, experts, keys of other blocks) has no entry, so that they are refused.
+GEMMA4 = replace(
+    GEMMA2,
+    others=(*GEMMA2.others, ""),
+    pairs=(Pair("pre_feedforward_layernorm", _GATE_UP, "norm"), _WITHIN_MLP),
+    norm_offset=0.0,
+)
+
 # Norms after attention and MLP only: nothing can be folded into what feeds either.
 POST_NORM = replace(
     LLAMA,
@@ -278,6 +287,7 @@ ARCHITECTURES = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
+    "gemma4_text": GEMMA4,
     "phi3": PHI3,
     "glm4": GLM4,
     "exaone4": POST_NORM,
@@ -316,6 +326,7 @@ ARCHITECTURES = {
 # its own ``model_type``, whichever it is. All else of them is stored as it is.
 MULTIMODAL: dict[str, Architecture | None] = {
     "gemma3": GEMMA2,
+    "gemma4": GEMMA4,
     "qwen2_vl": LLAMA,
     "qwen2_5_vl": LLAMA,
     "qwen3_vl": QWEN3,

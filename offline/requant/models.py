@@ -49,9 +49,11 @@ def blocks(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple
 def linears(model: PreTrainedModel, architecture: Architecture) -> dict[str, nn.Linear]:
     """The linear layers of all blocks by full name, in the order in which the model runs them.
 
-    Raises InputError where a block holds parameters that the architecture's entry does not know: a variant of the
-    model that would otherwise be half-quantized in silence.
+    Raises InputError where a block holds parameters that the architecture's entry does not know, a variant of the
+    model that would otherwise be half-quantized in silence, or can not run without another block.
     """
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise InputError("num_kv_shared_layers: blocks that take the keys and values of others are not supported")
     found: dict[str, nn.Linear] = {}
     for prefix, block in blocks(model, architecture):
         local = architecture.of(block)

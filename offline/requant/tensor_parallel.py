@@ -21,7 +21,8 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     key = others[0] if others else first  # which makes all three
     linear = next((stage[0] for stage in stages if ".linear_attn." in stage[0]), first)
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", heads)
+    by_block = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    kv_heads = min(getattr(block, "num_key_value_heads", heads) for block in by_block)
     linear_heads = getattr(config, "linear_num_key_heads", 0)
     downs = {
         linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == last.split(".")[-1]

@@ -33,7 +33,14 @@ LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-OWN = dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR)
+OWN = {
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention", "full_attention"],  # the latter without values of its own
+    },
+}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -254,3 +254,21 @@ def test_a_block_with_parts_that_have_no_entry(refused, tiny, tmp_path, monkeypa
     monkeypatch.setitem(ARCHITECTURES, "qwen3", ARCHITECTURES["llama"])
     line = refused("quantize", tiny("qwen3"), "-o", tmp_path / "out")
     assert line == "model.layers.0.self_attn.q_norm: not known in a block of 'qwen3'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size_per_layer_input": 16},
+            "model.layers.0.per_layer_input_gate: not known in a block of 'gemma4_text'",
+        ),
+        (
+            {"num_kv_shared_layers": 1, "layer_types": ["sliding_attention"] * 2, "attention_k_eq_v": False},
+            "num_kv_shared_layers: blocks that take the keys and values of others are not supported",
+        ),
+    ],
+    ids=["inputs of each layer", "shared keys"],
+)
+def test_a_variant_that_has_no_entry(changes, message, refused, tiny, tmp_path):
+    assert refused("quantize", tiny("gemma4_text", **changes), "-o", tmp_path / "out") == message

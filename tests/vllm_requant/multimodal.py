@@ -96,6 +96,32 @@ def _gemma3(kind: str) -> Made:
     return config, transformers.Gemma3Processor(images, tokenizer, image_seq_length=1)
 
 
+def _gemma4(kind: str) -> Made:
+    names = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
+    names |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
+    tokenizer, number = _tokenizer(**names, video_token="<|video|>")
+    tokens = {"image_token_id": number("<|image|>"), "video_token_id": number("<|video|>")}
+    tokens |= {
+        "boi_token_id": number("<|image>"),
+        "eoi_token_id": number("<image|>"),
+        "audio_token_id": number("<|audio|>"),
+    }
+    text = TEXT | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+    text["layer_types"] = ["sliding_attention", "full_attention"]  # the latter without values of its own
+    tower = TOWER | {"patch_size": 16, "head_dim": 32, "num_key_value_heads": 2, "position_embedding_size": 64}
+    tower["default_output_length"] = 70  # which vLLM asks for, and the hub's files say
+    config = {"text_config": text, "vision_config": tower, "audio_config": None, "tie_word_embeddings": True} | tokens
+    images = transformers.Gemma4ImageProcessor(max_soft_tokens=70)
+    processor = transformers.Gemma4Processor(
+        transformers.Gemma4AudioFeatureExtractor(),
+        images,
+        tokenizer,
+        transformers.Gemma4VideoProcessor(),
+        image_seq_length=70,
+    )
+    return config, processor
+
+
 def _qwen_vl(kind: str) -> Made:
     names = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     tokenizer, number = _tokenizer(**names, start="<|vision_start|>", end="<|vision_end|>")
@@ -161,6 +187,7 @@ def _internvl(kind: str) -> Made:
 
 _MAKERS: dict[str, Callable[[str], Made]] = {
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     **dict.fromkeys(QWEN, _qwen_vl),
     "mistral3": _mistral3,
     "llava": _llava,
@@ -168,6 +195,7 @@ _MAKERS: dict[str, Callable[[str], Made]] = {
 }
 PLACEHOLDERS = {
     "gemma3": "<start_of_image>",
+    "gemma4": "<|image|>",
     **dict.fromkeys(QWEN, "<|vision_start|><|image_pad|><|vision_end|>"),
     "mistral3": "[IMG]",
     "llava": "<image>",

@@ -13,7 +13,8 @@ from requant.errors import InputError
 
 @dataclass(frozen=True)
 class Rewriter:
-    """The pairs of one architecture. ``dtype``: in which the model stores its parameters."""
+    """The pairs of one architecture. ``head_dim``: 0 where no pair asks for it. ``dtype``: in which the model stores
+    its parameters."""
 
     pairs: tuple[Pair, ...]
     norm_offset: float
@@ -32,6 +33,8 @@ class Rewriter:
                 f"architecture {config.model_type!r}: no equalization pairs are known for it; "
                 "quantize without equalization (--equalize none), with or without W8A8"
             )
+        if not any(pair.through == "heads" for pair in pairs):  # it may differ from block to block (Gemma 4)
+            return cls(pairs, architecture.norm_offset, 0, dtype)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(pairs, architecture.norm_offset, head_dim, dtype)
 
