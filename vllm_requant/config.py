@@ -13,8 +13,19 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm_requant.versions import check_version
 
 _LOG = init_logger(__name__)
-# Linear layers that are never rounded in flight: routers, and the output heads of classifiers and reward models.
-KEPT = ("gate", "router", "shared_expert_gate", "score", "classifier")
+# Linear layers that are never rounded in flight: routers, gates of linear attention, what vLLM's latent attention takes
+# apart, and the output heads of classifiers and reward models.
+KEPT = (
+    "gate",
+    "router",
+    "shared_expert_gate",
+    "in_proj_a",
+    "in_proj_b",
+    "in_proj_ba",
+    "kv_b_proj",
+    "score",
+    "classifier",
+)
 # Nor what turns images and sound into inputs of a language model, whatever vLLM's models call it.
 TOWER = re.compile(r"visual|(vision|audio|vit)_\w+|embed_(vision|audio)|(\w+_)?projector|connector|resampler|vpm|apm")
 

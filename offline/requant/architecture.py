@@ -55,10 +55,8 @@ class Architecture:
 
     def of(self, block: nn.Module) -> "Architecture":
         """What ``block`` has of it, its experts spelled out."""
-        present, experts = (
-            {name for name, _ in block.named_modules()},
-            list(self.experts.of(block) if self.experts else ()),
-        )
+        present = {name for name, _ in block.named_modules()}
+        experts = list(self.experts.of(block)) if self.experts else []
         return replace(
             self,
             linears=(*filter(present.__contains__, self.linears), *(name for expert in experts for name in expert)),

@@ -86,6 +86,8 @@ def test_what_cannot_be_served_is_refused_by_name():
         "model.connector.modality_projection.proj",
         "audio_tower.layers.0.fc1",
         "language_model.model.layers.0.mlp.gate",
+        "language_model.model.layers.0.linear_attn.in_proj_ba",
+        "model.layers.0.self_attn.kv_b_proj",
     ],
 )
 def test_in_flight_only_a_language_model_is_rounded(prefix):
