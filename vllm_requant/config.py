@@ -203,8 +203,8 @@ class RequantConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 def _kept(prefix: str) -> bool:
-    *around, last = prefix.split(".")
-    return last in KEPT or any(map(TOWER.fullmatch, (*around, last)))
+    parts = prefix.split(".")
+    return parts[-1] in KEPT or any(map(TOWER.fullmatch, parts))
 
 
 def _refuse_compiled(prefix: str) -> None:

@@ -12,6 +12,8 @@ from requant.recipe import Recipe
 from requant_kernels.scheme import WeightScheme
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.configurations import KEYS_AS_VALUES, linear_attention
+
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -25,21 +27,9 @@ SMALL = {
     "ffn_dim": 128,  # these two are OPT's
     "word_embed_proj_dim": 64,
 }
-# A block of linear attention, and one of the usual kind.
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
 OWN = {
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "attention_k_eq_v": True,
-        "layer_types": ["sliding_attention", "full_attention"],  # the latter without values of its own
-    },
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), linear_attention(16)),
+    "gemma4_text": KEYS_AS_VALUES,
 }
 
 

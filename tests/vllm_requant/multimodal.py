@@ -12,6 +12,7 @@ from requant.models import auto_class
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, ProcessorMixin
 
+from tests.configurations import KEYS_AS_VALUES, linear_attention
 from tests.vllm_requant.checkpoints import randomize
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -34,13 +35,6 @@ TOWER = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
-}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
 }
 EXPERTS = {
     "num_experts": 4,
@@ -106,11 +100,14 @@ def _gemma4(kind: str) -> Made:
         "eoi_token_id": number("<image|>"),
         "audio_token_id": number("<|audio|>"),
     }
-    text = TEXT | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
-    text["layer_types"] = ["sliding_attention", "full_attention"]  # the latter without values of its own
     tower = TOWER | {"patch_size": 16, "head_dim": 32, "num_key_value_heads": 2, "position_embedding_size": 64}
     tower["default_output_length"] = 70  # which vLLM asks for, and the hub's files say
-    config = {"text_config": text, "vision_config": tower, "audio_config": None, "tie_word_embeddings": True} | tokens
+    config = {
+        "text_config": TEXT | KEYS_AS_VALUES,
+        "vision_config": tower,
+        "audio_config": None,
+        "tie_word_embeddings": True,
+    } | tokens
     images = transformers.Gemma4ImageProcessor(max_soft_tokens=70)
     processor = transformers.Gemma4Processor(
         transformers.Gemma4AudioFeatureExtractor(),
@@ -142,7 +139,7 @@ def _qwen_vl(kind: str) -> Made:
     if kind.startswith("qwen3_vl"):
         tower["deepstack_visual_indexes"] = [0]
     if kind.startswith("qwen3_5"):
-        text |= LINEAR | {"shared_expert_intermediate_size": 192}  # which misleads vLLM in others
+        text |= linear_attention(64) | {"shared_expert_intermediate_size": 192}  # which misleads vLLM in others
         rope["partial_rotary_factor"] = 1.0
     if kind.endswith("_moe"):
         text |= EXPERTS

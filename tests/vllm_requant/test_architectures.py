@@ -9,6 +9,7 @@ from requant.recipe import Recipe
 from requant_kernels.scheme import WeightScheme
 from transformers import AutoConfig
 
+from tests.configurations import KEYS_AS_VALUES, linear_attention
 from tests.vllm_requant.checkpoints import random_of
 from tests.vllm_requant.engine import run_jobs
 from tests.vllm_requant.test_serving import PROMPTS, assert_equal, logprobs
@@ -47,23 +48,10 @@ _LATENT = {
     "num_key_value_heads": 6,
 }
 _BIASED_ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "shared_expert_intermediate_size": 192,
-}
+_LINEAR = linear_attention(64) | {"shared_expert_intermediate_size": 192}
 _WITH_LINEAR = ("qwen3_5_text", "qwen3_next", "qwen3_5_moe_text")
 OWN = {
-    "gemma4_text": {
-        "hidden_size_per_layer_input": 0,
-        "attention_k_eq_v": True,
-        "layer_types": ["sliding_attention", "full_attention"],  # the latter without values of its own
-        "num_experts": None,
-        "enable_moe_block": False,
-    },
+    "gemma4_text": KEYS_AS_VALUES | {"num_experts": None, "enable_moe_block": False},
     **dict.fromkeys(_WITH_LINEAR, _LINEAR),
     "qwen2_moe": {"shared_expert_intermediate_size": 192},  # which vLLM reads of any Qwen model
     "phimoe": {"attention_bias": True},  # as vLLM has it, whatever the configuration says

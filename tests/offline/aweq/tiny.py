@@ -28,6 +28,8 @@ from transformers import (
     Starcoder2Config,
 )
 
+from tests.configurations import linear_attention
+
 _COMMON = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -36,14 +38,6 @@ _COMMON = {
     "max_position_embeddings": 64,
 }
 _LLAMA = _COMMON | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
-# A block of linear attention, and one of the usual kind.
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
 
 CONFIGS = {
     "llama with grouped queries": LlamaConfig(**_LLAMA),
@@ -52,7 +46,7 @@ CONFIGS = {
     "mistral": MistralConfig(**_LLAMA),
     "qwen2": Qwen2Config(**_LLAMA),
     "qwen3": Qwen3Config(**_LLAMA),
-    "qwen3.5": Qwen3_5TextConfig(**_LLAMA, **_LINEAR),
+    "qwen3.5": Qwen3_5TextConfig(**_LLAMA, **linear_attention(16)),
     "gemma": GemmaConfig(**_LLAMA),
     "gemma2": Gemma2Config(**_LLAMA),
     "gemma3": Gemma3TextConfig(**_LLAMA),
