@@ -13,9 +13,11 @@ from requant.texts import WIKITEXT2, Text, read_text
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: int64 [1, seqlen] each; ``text`` and ``sha256`` identify what they were taken from."""
+    """ids: int64 [1, seqlen] each, those to measure and quantize on; slots: the whole text cut into such windows, which
+    distillation draws from; ``text`` and ``sha256`` identify what they were taken from."""
 
     ids: list[torch.Tensor]
+    slots: list[torch.Tensor]
     text: str
     sha256: str
 
@@ -39,7 +41,11 @@ def read_windows(calibration: Calibration, tokenizer: PreTrainedTokenizerBase, s
     else:
         stride = (len(ids) - calibration.seqlen) // max(calibration.samples - 1, 1)
         starts = [i * stride for i in range(calibration.samples)]
-    return Windows([ids[None, s : s + calibration.seqlen] for s in starts], text.name, text.sha256)
+    chosen, slots = (
+        [ids[None, s : s + calibration.seqlen] for s in places]
+        for places in (starts, range(0, there * calibration.seqlen, calibration.seqlen))
+    )
+    return Windows(chosen, slots, text.name, text.sha256)
 
 
 def _read(spec: str) -> Text:

@@ -118,6 +118,9 @@ def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     quantize.add_argument("--calibration", metavar="SRC", help="a UTF-8 text, or builtin")
     quantize.add_argument("--samples", type=int, metavar="N", help="windows of calibration text")
     quantize.add_argument("--seqlen", type=int, metavar="N", help="tokens of each")
+    quantize.add_argument(
+        "--distillation", type=int, metavar="STEPS", help="of training through the whole model; 0: none"
+    )
     quantize.add_argument("--unreached", choices=("refuse", "rtn"), help="experts that no calibration token reaches")
     quantize.add_argument("--ignore", action="append", metavar="REGEX", help="layers to leave as they are; repeatable")
     quantize.add_argument(

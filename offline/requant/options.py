@@ -9,7 +9,7 @@ from requant_kernels.scheme import WeightScheme
 from requant.aweq import options as aweq
 from requant.errors import InputError
 from requant.recipe import Recipe, load_recipe, parse_ratio
-from requant.settings import CODEBOOK, TRAINED, Distillation
+from requant.settings import CODEBOOK, TRAINED
 
 METHODS = ("requant", "aweq", "rtn")
 BITS = 4  # of a method without --bits
@@ -29,13 +29,15 @@ def recipe_of(given: Mapping[str, Any]) -> Recipe:
     recipe = load_recipe(given.get("recipe", preset))
     base = given.get("base", recipe.base)
     changes: dict[str, Any] = {"base": base, "weights": _weights(recipe, base, given)}
-    if base in CODEBOOK or (recipe.distillation.rate and base not in TRAINED):
-        changes["distillation"] = Distillation()
+    if recipe.distillation.rate and base not in TRAINED:
+        changes["distillation"] = replace(recipe.distillation, rate=0.0)
     changes |= {name: parse_ratio(given[name]) for name in SHARES if name in given}
     if "ignore" in given:
         changes["ignore"] = (*recipe.ignore, *given["ignore"])
     changes |= {name: given[name] for name in ("target_bits", "mixed", "quantize_lm_head", "seed") if name in given}
     changes |= aweq.changes(recipe, given)
+    if "distillation" in given:
+        changes["distillation"] = replace(changes.get("distillation", recipe.distillation), steps=given["distillation"])
     calibration = {name: given[name] for name in ("samples", "seqlen", "unreached") if name in given}
     if "calibration" in given:
         calibration["text"] = given["calibration"]

@@ -94,9 +94,11 @@ class Recipe:
         if self.weights.codebook != (self.base in CODEBOOK):
             needed = str(self.base in CODEBOOK).lower()
             raise InputError(f"recipe: base {self.base!r} needs weights.codebook {needed}")
-        if self.distillation.steps and (self.base in CODEBOOK or (self.distillation.rate and self.base not in TRAINED)):
-            way = "" if self.base in CODEBOOK else " (at rate 0, its steps alone)"
-            raise InputError(f"recipe: distillation trains the base {TRAINED[0]!r}, not {self.base!r}{way}")
+        if self.distillation.steps and self.distillation.rate and self.base not in TRAINED:
+            raise InputError(
+                f"recipe: distillation.rate above 0 trains codes, of base {TRAINED[0]!r} alone; set it to 0 for "
+                f"{self.base!r}, which trains steps, codebooks and sparse values"
+            )
         self._check_target()
         for key in ("overrides", "ignore"):
             for pattern in getattr(self, key):

@@ -116,18 +116,19 @@ class Training:
 
 @dataclass(frozen=True)
 class Distillation:
-    """steps of ``batch`` samples each, none by default; rates rise over the first tenth and fall linearly to zero.
+    """steps of ``batch`` windows each, none by default, drawn from the whole calibration text, none again before all
+    others; rates rise over the first tenth and fall linearly to zero.
 
-    ``rate``: of offsets, in quantization steps; 0: codes stay as they are, which every uniform base allows;
-    ``range_rate``: of the ends of ranges or, where codes stay, of steps, relative; ``value_rate``: of the sparse part,
-    relative to the mean size of its values.
+    ``rate``: of offsets, in quantization steps, of the base ``learned``; 0: codes stay as they are, which every base
+    allows; ``range_rate``: of the ends of ranges or, where codes stay, of steps and codebooks, relative;
+    ``value_rate``: of the sparse part, relative to the mean size of its values.
     """
 
     steps: int = 0
     batch: int = 4
-    rate: float = 0.005
-    range_rate: float = 0.001
-    value_rate: float = 0.002
+    rate: float = 0.0
+    range_rate: float = 0.005
+    value_rate: float = 0.01
 
     def __post_init__(self) -> None:
         _whole(self, "distillation", steps=0, batch=1)

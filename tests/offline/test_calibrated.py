@@ -29,7 +29,7 @@ FEW = Training(steps=4, batch=2)
 
 def windows(count: int) -> Windows:
     ids = [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    return Windows(ids, "random", "0")
+    return Windows(ids, ids, "random", "0")
 
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
@@ -86,7 +86,7 @@ def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module)
 
 
 def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
-    recipe = Recipe(UNIFORM, "learned", significant=0.002, training=FEW, distillation=Distillation(2))
+    recipe = Recipe(UNIFORM, "learned", significant=0.002, training=FEW, distillation=Distillation(2, rate=0.01))
     runs = [run_of(causal_lm(micro_llama), recipe).quantize(windows(3)) for _ in range(2)]
     for name, layer in runs[0].layers.items():
         for part, tensor in layer.to_tensors().items():
@@ -185,10 +185,11 @@ def test_weights_restored_afterwards_leave_the_dense_part_alone(micro_llama: Pat
     assert more == round(0.001 * sum(linear.weight.numel() for linear in linears.values()))
 
 
-def test_steps_of_any_uniform_base_can_be_distilled(model: nn.Module) -> None:
-    recipe = Recipe(UNIFORM, "gptq", significant=0.002, selection=Selection(intervals=1))
+@pytest.mark.parametrize(("base", "weights"), [("gptq", UNIFORM), ("kmeans", CODEBOOK)])
+def test_levels_of_any_base_can_be_distilled(model: nn.Module, base: str, weights: WeightScheme) -> None:
+    recipe = Recipe(weights, base, significant=0.002, selection=Selection(intervals=1))
     plain = run_of(model, recipe).quantize(windows(4))
-    settings = Distillation(steps=8, rate=0.0, range_rate=0.01)
+    settings = Distillation(steps=8, range_rate=0.01)
     tuned = run_of(model, replace(recipe, distillation=settings)).quantize(windows(4))
     assert all(torch.equal(layer.packed, plain.layers[name].packed) for name, layer in tuned.layers.items())
     assert tuned.divergences[-1] < tuned.divergences[0]

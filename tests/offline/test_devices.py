@@ -23,9 +23,10 @@ RECIPES = {
     "as the paper, on k-means": Recipe(CODEBOOK, "kmeans", outliers=0.004, significant=0.001, selection=PAPER, **FEW),
     "outliers by quartiles": Recipe(GROUPS, "clip", outliers=0.01, selection=Selection("quartiles"), **FEW),
     "true bits": Recipe(GROUPS, "rtn", target_bits=4.6, selection=ONCE, **FEW),
-    "learned, distilled": Recipe(GROUPS, "learned", significant=0.01, distillation=Distillation(2), **FEW),
-    "GPTQ, its steps distilled": Recipe(
-        GROUPS, "gptq", significant=0.01, distillation=Distillation(2, rate=0.0, range_rate=0.01), **FEW
+    "learned, distilled": Recipe(GROUPS, "learned", significant=0.01, distillation=Distillation(2, rate=0.01), **FEW),
+    "GPTQ, its steps distilled": Recipe(GROUPS, "gptq", significant=0.01, distillation=Distillation(2), **FEW),
+    "k-means, its codebooks distilled": Recipe(
+        CODEBOOK, "kmeans", significant=0.01, distillation=Distillation(2), **FEW
     ),
     "few bits, AWEQ": Recipe(GROUPS, "gptq", **EQUALIZED, **FEW),
     **{

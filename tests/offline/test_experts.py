@@ -201,7 +201,7 @@ def report_layers(report: dict) -> list[str]:
         {"base": "gptq", "significant": 0.002, "selection": Selection(intervals=1)},
         {"base": "learned", "training": Training(steps=2)},
         {"target_bits": 5.0, "mixed": True, "selection": Selection(intervals=1)},
-        {"base": "gptq", "distillation": Distillation(steps=2, rate=0.0)},
+        {"base": "gptq", "distillation": Distillation(steps=2)},
         {"base": "gptq", "weights": WeightScheme(8), "activations": Activations("dynamic")},
     ],
     ids=["significant", "learned", "target", "distilled", "w8a8"],
@@ -214,7 +214,7 @@ def test_what_is_calibrated_through_experts(more, starved):
     schemes = dict.fromkeys(linears, recipe.layer_scheme)
     ids = [torch.randint(2048, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
     run = CalibratedRun(Subject(network, architectures.MIXTRAL, schemes, recipe, torch.bfloat16))
-    calibrated = run.quantize(Windows(ids, "random", "0"))
+    calibrated = run.quantize(Windows(ids, ids, "random", "0"))
     assert calibrated.layers.keys() == linears.keys()
     assert calibrated.unreached == STARVED
     for name, layer in calibrated.layers.items():

@@ -6,7 +6,7 @@ import pytest
 from requant.errors import InputError
 from requant.options import recipe_of
 from requant.recipe import Recipe, load_recipe
-from requant.settings import Calibration, Distillation
+from requant.settings import Calibration
 from requant_kernels.scheme import WeightScheme
 
 
@@ -45,7 +45,10 @@ def test_options_override():
 def test_another_base_takes_what_belongs_to_it():
     kmeans = recipe_of({"method": "requant", "bits": 3, "base": "kmeans"})
     assert kmeans.weights == WeightScheme(3, codebook=True)
-    assert kmeans.distillation == Distillation()
+    trained = load_recipe("requant-w3")
+    assert kmeans.distillation == trained.distillation
+    assert not recipe_of({"method": "requant", "base": "gptq", "bias_correction": True}).distillation.steps
+    assert not recipe_of({"method": "requant", "distillation": 0}).distillation.steps
     assert recipe_of({"recipe": "paper-squeezellm", "base": "gptq"}).weights == WeightScheme(4, 64, symmetric=False)
 
 

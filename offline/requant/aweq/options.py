@@ -32,6 +32,8 @@ def changes(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError("--alpha: nothing is equalized; add --equalize minmax or absmax, or leave it out")
     if "bias_correction" in given:
         found["bias_correction"] = given["bias_correction"]
+    if given.get("bias_correction") or given.get("activations", "none") != "none":
+        found["distillation"] = replace(recipe.distillation, steps=0)  # which knows nothing of either
     return found
 
 

@@ -29,7 +29,7 @@ from requant.sensitivity.quadrature import nodes
 from requant.settings import FISHER
 from requant.stages import CHOICE, Stages
 from requant.tuning.attach import trainable
-from requant.tuning.distillation import distill, final_state
+from requant.tuning.distillation import distill, draws, final_state
 from requant.walk import block_calls
 
 
@@ -90,10 +90,10 @@ class CalibratedRun:
         """Quantizes what ``masks`` leave."""
         subject, recipe = self.subject, self.subject.recipe
         rounding = BlockRounding(subject, masks, self._fisher(samples) if recipe.base in FISHER else {})
-        teacher = self._teacher(samples)
+        lessons = self._lessons(windows)
         steps = Steps(recipe, subject.architecture, subject.schemes, subject.network.config, subject.dtype)
         roundings, settled, unreached = self._blocks(samples, rounding, steps)
-        divergences = self._distilled(roundings, list(zip(samples, teacher, strict=False)))
+        divergences = self._distilled(roundings, lessons)
         if recipe.restores:
             integrals = integrals + entries.restore(subject, roundings, masks, samples)
         layers = settled | {name: rounding.stored(name, one) for name, one in roundings.items()}
@@ -102,13 +102,17 @@ class CalibratedRun:
     def _fisher(self, samples: Samples) -> Mapping[str, torch.Tensor]:
         return self.subject.path(rounded=False).gradients(samples, nodes("start", 1), second_moment=True).square
 
-    def _teacher(self, samples: Samples) -> list[torch.Tensor]:
-        if not self.subject.recipe.distillation.steps:
-            return []
-        with torch.no_grad():
-            return [
-                final_state(self.subject.network, ids) for ids in track(samples, len(samples), "original's predictions")
-            ]
+    @torch.no_grad()
+    def _lessons(self, windows: Windows) -> Pairs:
+        """What distillation goes through, in order: windows, each with its final state in the network as it is."""
+        recipe, network = self.subject.recipe, self.subject.network
+        drawn = draws(len(windows.slots), recipe.distillation.steps * recipe.distillation.batch, recipe.seed)
+        slots = list(dict.fromkeys(drawn))
+        lessons = {
+            slot: (windows.slots[slot], final_state(network, windows.slots[slot].to(network.device)).cpu())
+            for slot in track(slots, len(slots), "original's predictions")
+        }
+        return [lessons[slot] for slot in drawn]
 
     @torch.no_grad()
     def _blocks(
@@ -149,7 +153,7 @@ class CalibratedRun:
                 settled |= {name: rounding.stored(name, one).to("cpu") for name, one in made.items()}
         return roundings, settled, unreached
 
-    def _distilled(self, roundings: dict[str, Rounding], samples: Pairs) -> list[float]:
+    def _distilled(self, roundings: dict[str, Rounding], lessons: Pairs) -> list[float]:
         """With a rate of offsets it trains learned roundings, without one the steps of what any base has rounded."""
         subject, settings = self.subject, self.subject.recipe.distillation
         if not settings.steps:
@@ -159,12 +163,4 @@ class CalibratedRun:
                 roundings[name] = Rescaled(*rounding.quantized(), rounding.excluded)
         trained = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding | Rescaled)}
         with trainable(subject.linears, roundings):
-            return distill(
-                subject.network,
-                subject.blocks,
-                trained,
-                samples,
-                settings,
-                seed=subject.recipe.seed,
-                stores=subject.stores,
-            )
+            return distill(subject.network, subject.blocks, trained, lessons, settings, stores=subject.stores)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from requant.progress import track
 from requant.quantizers.learned import LearnedRounding
 from requant.quantizers.rescaled import Rescaled
 from requant.sensitivity.store import Stores, TensorStore
@@ -29,13 +30,33 @@ def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float
     return settings.rate if kind == "offset" else settings.range_rate
 
 
+def draws(there: int, count: int, seed: int) -> list[int]:
+    """``count`` numbers below ``there`` in random order, none again before all others."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(there, generator=generator) for _ in range(0, count, there)]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *rounds])[:count].tolist()
+
+
 def final_state(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """What ``model`` hands to its output head: token ids int64 [B, T] -> [B, T, C]."""
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, head: nn.Module) -> tuple[float, torch.Tensor]:
-    """Mean over tokens of KL(teacher || student) in nats, and its gradient by ``student``.
+def logits(model: PreTrainedModel, state: torch.Tensor) -> torch.Tensor:
+    """What ``model`` makes of its final states [..., C]: fp32 [..., V]."""
+    made = model.get_output_embeddings()(state).float()
+    config = model.config.get_text_config()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        made = made * scale
+    if divisor := getattr(config, "logits_scaling", None):  # Granite
+        made = made / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        made = cap * torch.tanh(made / cap)
+    return made
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, model: PreTrainedModel) -> tuple[float, torch.Tensor]:
+    """Mean over tokens of KL(teacher || student) in nats of ``model``'s predictions, and its gradient by ``student``.
 
     student, teacher: final states [B, T, C]. Logits exist for TOKENS_AT_ONCE tokens at a time.
     """
@@ -44,8 +65,8 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, head: nn.Module) ->
     for start in range(0, tokens, TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         with torch.no_grad():
-            expected = head(target[part]).float().log_softmax(-1)
-        predicted = head(leaf[part]).float().log_softmax(-1)
+            expected = logits(model, target[part]).log_softmax(-1)
+        predicted = logits(model, leaf[part]).log_softmax(-1)
         loss = kl_div(predicted, expected, reduction="sum", log_target=True) / tokens
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
@@ -57,15 +78,15 @@ def distill(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     roundings: Mapping[str, LearnedRounding | Rescaled],
-    samples: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    lessons: Sequence[tuple[torch.Tensor, torch.Tensor]],
     settings: Distillation,
     *,
-    seed: int = 0,
     stores: Stores = TensorStore,
 ) -> list[float]:
     """Trains ``roundings``, with which the linear layers of ``blocks`` compute; returns the divergence at every step.
 
-    samples: token ids int64 [1, T], all of one length, each with its final state [1, T, C] in the original model.
+    lessons: token ids int64 [1, T], all of one length, each with its final state [1, T, C] in the original model; each
+    step takes the next ``batch`` of them.
     stores: for the optimizer's moments.
     """
     parameters = {
@@ -75,15 +96,14 @@ def distill(
     }
     rates = {name: rate_of(name.rpartition(".")[2], parameter, settings) for name, parameter in parameters.items()}
     adam = StreamedAdam(parameters, rates, stores(), stores())
-    generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     with streamed_gradients(blocks, parameters, adam.update):
-        for step in range(settings.steps):
+        for step in track(range(settings.steps), settings.steps, "training through the whole model"):
             adam.begin_step(settings.share(step))
-            chosen = torch.randperm(len(samples), generator=generator)[: settings.batch].tolist()
-            ids, teacher = (torch.cat([samples[i][side] for i in chosen]) for side in (0, 1))
+            chosen = lessons[step * settings.batch : (step + 1) * settings.batch]
+            ids, teacher = (torch.cat([one[side] for one in chosen]).to(model.device) for side in (0, 1))
             student = final_state(model, ids)
-            loss, gradient = divergence(student, teacher, model.get_output_embeddings())
+            loss, gradient = divergence(student, teacher, model)
             losses.append(loss)
             student.backward(gradient)  # type: ignore[no-untyped-call]
             for rounding in roundings.values():

@@ -9,11 +9,12 @@ from requant.settings import Distillation, Training
 from requant.tuning.adam import EPSILON, FIRST_DECAY, SECOND_DECAY, StreamedAdam
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
-from requant.tuning.distillation import distill, divergence, final_state
+from requant.tuning.distillation import distill, divergence, draws, final_state, logits
 from requant.walk import block_calls, run_block
 from requant_kernels.scheme import WeightScheme
 from torch import nn
 
+from tests.offline.aweq.tiny import CONFIGS, tiny_model
 from tests.offline.sensitivity.conftest import causal_lm
 
 SCHEME = WeightScheme(2, 64, False)
@@ -61,13 +62,32 @@ def test_streamed_adam_is_adam(tmp_path: Path, on_disk: bool) -> None:
 
 def test_the_divergence_and_its_gradient_are_those_of_the_logits(model: nn.Module) -> None:
     student, teacher = torch.randn(2, 300, 128), torch.randn(2, 300, 128)
-    value, gradient = divergence(student, teacher, model.lm_head)
+    value, gradient = divergence(student, teacher, model)
     leaf = student.clone().requires_grad_()
     p, q = model.lm_head(teacher).log_softmax(-1), model.lm_head(leaf).log_softmax(-1)
     expected = (p.exp() * (p - q)).sum(-1).mean()
     expected.backward()
     assert value == pytest.approx(float(expected.detach()), rel=1e-4)
     torch.testing.assert_close(gradient, leaf.grad, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_model(name: str) -> None:
+    model, ids = tiny_model(name), torch.arange(1, 17)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, final_state(model, ids)), model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("count", [0, 5, 7, 20])
+def test_all_windows_are_drawn_before_any_again(count: int) -> None:
+    drawn = draws(7, count, 3)
+    assert drawn == draws(7, count, 3)
+    assert len(drawn) == count
+    assert count < 2 or drawn != draws(7, count, 4)
+    for start in range(0, count, 7):
+        one = drawn[start : start + 7]
+        assert len(set(one)) == len(one)
+        assert set(one) <= set(range(7))
 
 
 def test_a_block_learns_its_output_back(model: nn.Module) -> None:
@@ -94,7 +114,7 @@ def test_distillation_brings_the_whole_model_back_to_itself(model: nn.Module) ->
     roundings = roundings_of(layers)
     settings = Distillation(steps=12, batch=4, rate=0.02)
     with trainable(layers, roundings):
-        losses = distill(model, model.model.layers, roundings, list(zip(samples, teacher, strict=True)), settings)
+        losses = distill(model, model.model.layers, roundings, list(zip(samples, teacher, strict=True)) * 12, settings)
     assert losses[-1] < 0.7 * losses[0]
     assert all(parameter.grad is None for rounding in roundings.values() for parameter in rounding.parameters())
 
