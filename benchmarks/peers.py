@@ -2,13 +2,14 @@
 
     python benchmarks/peers.py MODEL --text TEST [--text FOREIGN] --calibration OTHER [--seqlen 1024] [--tokens 8192]
         [--group-size 64] [--symmetric] [--bits 4,3,2] [--methods rtn,gptq,awq,kmeans,learned,distilled]
-        [--parts dense,sparse] [--recipe FILE] [--json FILE]
+        [--parts dense,sparse,whole] [--recipe FILE] [--json FILE]
 
 Prints a Markdown table: true bits a weight, perplexity in float32 on each text, wall time and peak memory of
-quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned",
-afterwards trained through the whole model; "+ ReQuant" puts the preset's share of significant weights into the sparse
-part before the base quantizes around them. A row that the JSON file already holds is not measured again, so a long
-comparison can be interrupted.
+quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned", whose
+codes are afterwards trained through the whole model; "+ ReQuant" (part sparse) puts the preset's share of significant
+weights into the sparse part before the base quantizes around them; "+ ReQuant, distilled" (part whole) trains steps,
+codebooks and sparse values as the preset does, too. A row that the JSON file already holds is not measured again, so a
+long comparison can be interrupted.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from benchmarks.quality import arguments as arguments_of
 from benchmarks.quality.jobs import Job, run
 
 DISTILLED = "distilled"
-DISTILLATION = Distillation(steps=60, batch=8, rate=0.01, range_rate=0.002, value_rate=0.01)  # where a preset has none
+DISTILLATION = Distillation(steps=60, batch=8, rate=0.01, range_rate=0.002, value_rate=0.01)
 METHODS = ("rtn", "gptq", "awq", "kmeans", "learned", DISTILLED)
-PARTS = ("dense", "sparse")
+SUFFIXES = {"dense": "", "sparse": " + ReQuant", "whole": " + ReQuant, distilled"}  # by part
 
 
 def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
@@ -41,18 +42,18 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
         scheme = WeightScheme(bits, arguments.group_size, symmetric=arguments.symmetric)
         for method in arguments.methods:
             for part in arguments.parts:
-                name = f"W{bits} {method}" + symmetric * (method not in CODEBOOK) + " + ReQuant" * (part == "sparse")
+                name = f"W{bits} {method}" + symmetric * (method not in CODEBOOK) + SUFFIXES[part]
                 yield Job(name, protocol, recipe_of(preset, method, scheme, part))
 
 
 def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> Recipe:
-    distillation = preset.distillation if preset.distillation.steps else DISTILLATION
+    distillation = preset.distillation if part == "whole" else Distillation()
     return replace(
         preset,
         base="learned" if method == DISTILLED else method,
         weights=WeightScheme(weights.bits, codebook=True) if method in CODEBOOK else weights,
-        significant=preset.significant if part == "sparse" else 0.0,
-        distillation=distillation if method == DISTILLED else Distillation(),
+        significant=0.0 if part == "dense" else preset.significant,
+        distillation=DISTILLATION if method == DISTILLED else distillation,
     )
 
 
@@ -62,10 +63,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 3, 2])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(SUFFIXES))
     parser.add_argument("--recipe")
     arguments = arguments_of.parse(parser, argv)
-    for given, choices in ((arguments.methods, METHODS), (arguments.parts, PARTS)):
+    for given, choices in ((arguments.methods, METHODS), (arguments.parts, SUFFIXES)):
         if unknown := set(given) - set(choices):
             parser.error(f"{unknown.pop()!r} is not one of {', '.join(choices)}")
     return arguments

@@ -137,6 +137,11 @@ class Report:
         lines = []
         if unreached := calibration.get("unreached"):
             lines.append(f"rounded to nearest, for no calibration token reaches them: {', '.join(unreached)}")
+        if found := calibration.get("divergence"):
+            lines.append(
+                "training through the whole model took the divergence from the original's predictions from "
+                f"{found['before']:.3g} to {found['after']:.3g} nats a token" + ("" if found["kept"] else ": undone")
+            )
         if pairs := [one["alpha"] for one in decisions if "alpha" in one]:
             lines.append(f"{len(pairs) - pairs.count(None)} of {len(pairs)} pairs equalized")
         if static := [one["switched"] for one in decisions if "static_error" in one]:

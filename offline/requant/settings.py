@@ -134,6 +134,11 @@ class Distillation:
         _whole(self, "distillation", steps=0, batch=1)
         _rates(self, "distillation", "rate", "range_rate", "value_rate")
 
+    @property
+    def levels_alone(self) -> bool:
+        """Whether codes stay as they are, once rounded."""
+        return self.steps > 0 and not self.rate
+
     def share(self, step: int) -> float:
         """Of the full rates, at ``step`` (from 0)."""
         warmup = self.steps // 10 + 1

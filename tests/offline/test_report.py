@@ -108,7 +108,7 @@ def test_a_page_says_all_that_is_known(run: tuple[Path, Report], micro_llama: Pa
     total = report.total
     assert page.row("true bits a weight")[0].startswith(f"{total.bits_per_weight:.2f}:")
     assert page.row("path integral")[0].startswith(f"{report.calibration['integrals'][0]['integral']:.5f} nats")
-    assert page.row("distillation")[0].startswith("divergence from the original's predictions")
+    assert page.row("remark")[0].startswith("training through the whole model took the divergence")
     for row in report.layers:
         shape, scheme, bits, *_ = page.row(row.name)
         assert (shape, scheme) == (f"{row.shape[0]} x {row.shape[1]}", row.describe())

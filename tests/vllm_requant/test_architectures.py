@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from requant import api
 from requant.architectures import ARCHITECTURES
 from requant.recipe import Recipe
+from requant.tuning.distillation import final_state, logits
 from requant_kernels.scheme import WeightScheme
 from transformers import AutoConfig
 
@@ -94,3 +96,10 @@ def served(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_it_is_served(kind: str, served: dict[str, dict], checkpoints: dict[str, Path]) -> None:
     assert_equal(served[kind], logprobs(api.load_quantized(checkpoints[kind])), atol=ATOL.get(kind, 1e-5))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_distillation_knows_its_logits(kind: str, checkpoints: dict[str, Path]) -> None:
+    model, ids = api.load_quantized(checkpoints[kind]), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, final_state(model, ids)), model(input_ids=ids).logits)

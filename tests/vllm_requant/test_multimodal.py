@@ -8,6 +8,7 @@ import torch
 from requant import api
 from requant.architectures import MULTIMODAL
 from requant.recipe import Recipe
+from requant.tuning.distillation import final_state, logits
 from requant_kernels.scheme import WeightScheme
 from safetensors.torch import load_file
 from transformers import AutoProcessor
@@ -79,5 +80,12 @@ def test_all_but_the_language_model_is_as_it_was(
 def test_it_is_served(kind: str, served: dict[str, dict], checkpoints: dict[str, Path]) -> None:
     inputs = AutoProcessor.from_pretrained(checkpoints[kind])(text=PROMPTS[kind], images=[image()], return_tensors="pt")
     with torch.no_grad():
-        logits = api.load_quantized(checkpoints[kind])(**inputs).logits[0, :-1]
-    assert_equal(served[kind], [logits.log_softmax(-1)], atol=0.03 if kind.startswith("qwen3_5") else 3e-5)
+        expected = api.load_quantized(checkpoints[kind])(**inputs).logits[0, :-1].log_softmax(-1)
+    assert_equal(served[kind], [expected], atol=0.03 if kind.startswith("qwen3_5") else 3e-5)
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_distillation_knows_its_logits(kind: str, checkpoints: dict[str, Path]) -> None:
+    model, ids = api.load_quantized(checkpoints[kind]), torch.arange(300, 316)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, final_state(model, ids)), model(input_ids=ids).logits)

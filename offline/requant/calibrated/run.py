@@ -4,6 +4,7 @@ the whole model."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,21 +30,20 @@ from requant.sensitivity.quadrature import nodes
 from requant.settings import FISHER
 from requant.stages import CHOICE, Stages
 from requant.tuning.attach import trainable
-from requant.tuning.distillation import distill, draws, final_state
+from requant.tuning.distillation import Gain, Lessons, distill, draws, final_state
 from requant.walk import block_calls
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """layers: by full name, ready to be stored. integrals: how complete each path integral was. divergences: from the
-    original's predictions at each step of distillation, nats per token. windows: what all this was measured on.
-    decisions: of AWEQ, by the name of a layer or a norm. unreached: layers of experts that no token was routed to:
-    rounded to nearest."""
+    """layers: by full name, ready to be stored. integrals: how complete each path integral was. gain: of
+    distillation. windows: what all this was measured on. decisions: of AWEQ, by the name of a layer or a norm.
+    unreached: layers of experts that no token was routed to: rounded to nearest."""
 
     windows: Windows
     layers: dict[str, QuantizedLayer]
     integrals: list[Completeness]
-    divergences: list[float]
+    gain: Gain | None
     decisions: dict[str, dict[str, Any]]
     unreached: list[str]
 
@@ -56,12 +56,8 @@ class Calibrated:
         }
         if self.integrals:
             found["integrals"] = [one.to_dict() for one in self.integrals]
-        if self.divergences:
-            tenth = max(1, len(self.divergences) // 10)
-            found["divergence"] = {
-                "first": self.divergences[0],
-                "last": sum(self.divergences[-tenth:]) / tenth,
-            }
+        if self.gain:
+            found["divergence"] = self.gain.to_dict()
         if self.decisions:
             found["decisions"] = self.decisions
         if self.unreached:
@@ -93,26 +89,29 @@ class CalibratedRun:
         lessons = self._lessons(windows)
         steps = Steps(recipe, subject.architecture, subject.schemes, subject.network.config, subject.dtype)
         roundings, settled, unreached = self._blocks(samples, rounding, steps)
-        divergences = self._distilled(roundings, lessons)
+        gain = self._distilled(roundings, lessons)
         if recipe.restores:
             integrals = integrals + entries.restore(subject, roundings, masks, samples)
         layers = settled | {name: rounding.stored(name, one) for name, one in roundings.items()}
-        return Calibrated(windows, layers, integrals, divergences, steps.report(), unreached)
+        return Calibrated(windows, layers, integrals, gain, steps.report(), unreached)
 
     def _fisher(self, samples: Samples) -> Mapping[str, torch.Tensor]:
         return self.subject.path(rounded=False).gradients(samples, nodes("start", 1), second_moment=True).square
 
     @torch.no_grad()
-    def _lessons(self, windows: Windows) -> Pairs:
-        """What distillation goes through, in order: windows, each with its final state in the network as it is."""
+    def _lessons(self, windows: Windows) -> Lessons | None:
+        """What distillation, if there is to be any, goes through: windows, each with its final state in the network as
+        it is."""
         recipe, network = self.subject.recipe, self.subject.network
+        if not recipe.distillation.steps:
+            return None
         drawn = draws(len(windows.slots), recipe.distillation.steps * recipe.distillation.batch, recipe.seed)
-        slots = list(dict.fromkeys(drawn))
+        slots = list(dict.fromkeys(chain(*drawn)))
         lessons = {
             slot: (windows.slots[slot], final_state(network, windows.slots[slot].to(network.device)).cpu())
             for slot in track(slots, len(slots), "original's predictions")
         }
-        return [lessons[slot] for slot in drawn]
+        return Lessons(*([lessons[slot] for slot in part] for part in drawn))
 
     @torch.no_grad()
     def _blocks(
@@ -147,20 +146,18 @@ class CalibratedRun:
             made = rounding.put_back(block, tensors)
             with trainable(linears, made), parametrize.cached():  # a layer is decoded once, not for every sample
                 inputs = [block.run(hidden) for hidden in inputs]
+            if subject.recipe.distillation.levels_alone:  # now: a learned rounding holds five numbers a weight
+                made = {name: Rescaled(*one.quantized(), one.excluded) for name, one in made.items()}
             if subject.recipe.distillation.steps or subject.recipe.restores:
                 roundings |= made
             else:
                 settled |= {name: rounding.stored(name, one).to("cpu") for name, one in made.items()}
         return roundings, settled, unreached
 
-    def _distilled(self, roundings: dict[str, Rounding], lessons: Pairs) -> list[float]:
-        """With a rate of offsets it trains learned roundings, without one the steps of what any base has rounded."""
+    def _distilled(self, roundings: dict[str, Rounding], lessons: Lessons | None) -> Gain | None:
+        if not lessons:
+            return None
         subject, settings = self.subject, self.subject.recipe.distillation
-        if not settings.steps:
-            return []
-        if not settings.rate:
-            for name, rounding in roundings.items():
-                roundings[name] = Rescaled(*rounding.quantized(), rounding.excluded)
         trained = {name: one for name, one in roundings.items() if isinstance(one, LearnedRounding | Rescaled)}
         with trainable(subject.linears, roundings):
             return distill(subject.network, subject.blocks, trained, lessons, settings, stores=subject.stores)

@@ -6,6 +6,8 @@ used up by the optimizer at once.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +23,32 @@ from requant.settings import Distillation
 from requant.tuning.adam import StreamedAdam
 
 TOKENS_AT_ONCE = 256  # whose logits are held at a time
+HELD_OUT = 4  # windows, of a text that has eight times as many
+
+Lesson = tuple[torch.Tensor, torch.Tensor]  # token ids int64 [1, T], their final state [1, T, C] in the original model
+
+
+class Lessons(NamedTuple):
+    """What to train on, in order, and what tells whether it helped: windows of one length."""
+
+    train: Sequence[Lesson]
+    held_out: Sequence[Lesson]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The divergence from the original's predictions on windows that were not trained on, in nats a token. What does
+    not get less is not kept."""
+
+    before: float
+    after: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"kept": self.kept}
+
+    @property
+    def kept(self) -> bool:
+        return self.after < self.before
 
 
 def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float:
@@ -30,11 +58,12 @@ def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float
     return settings.rate if kind == "offset" else settings.range_rate
 
 
-def draws(there: int, count: int, seed: int) -> list[int]:
-    """``count`` numbers below ``there`` in random order, none again before all others."""
+def draws(there: int, count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Of ``there`` windows (two at least) ``count`` to train on, none again before all others, and those held out."""
     generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(there, generator=generator) for _ in range(0, count, there)]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *rounds])[:count].tolist()
+    order, held = torch.randperm(there, generator=generator), min(HELD_OUT, -(-there // 8))
+    rounds = [order[held + torch.randperm(there - held, generator=generator)] for _ in range(0, count, there - held)]
+    return torch.cat([order[:0], *rounds])[:count].tolist(), order[:held].tolist()
 
 
 def final_state(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -78,16 +107,14 @@ def distill(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     roundings: Mapping[str, LearnedRounding | Rescaled],
-    lessons: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    lessons: Lessons,
     settings: Distillation,
     *,
     stores: Stores = TensorStore,
-) -> list[float]:
-    """Trains ``roundings``, with which the linear layers of ``blocks`` compute; returns the divergence at every step.
+) -> Gain:
+    """Trains ``roundings``, with which the linear layers of ``blocks`` compute, unless that is for nothing.
 
-    lessons: token ids int64 [1, T], all of one length, each with its final state [1, T, C] in the original model; each
-    step takes the next ``batch`` of them.
-    stores: for the optimizer's moments.
+    lessons: each step takes the next ``batch`` of those to train on. stores: for the optimizer's moments.
     """
     parameters = {
         f"{layer}.{kind}": parameter
@@ -96,16 +123,29 @@ def distill(
     }
     rates = {name: rate_of(name.rpartition(".")[2], parameter, settings) for name, parameter in parameters.items()}
     adam = StreamedAdam(parameters, rates, stores(), stores())
-    losses: list[float] = []
+    earlier, before = {name: one.detach().clone() for name, one in parameters.items()}, _mean(model, lessons.held_out)
     with streamed_gradients(blocks, parameters, adam.update):
         for step in track(range(settings.steps), settings.steps, "training through the whole model"):
             adam.begin_step(settings.share(step))
-            chosen = lessons[step * settings.batch : (step + 1) * settings.batch]
+            chosen = lessons.train[step * settings.batch : (step + 1) * settings.batch]
             ids, teacher = (torch.cat([one[side] for one in chosen]).to(model.device) for side in (0, 1))
             student = final_state(model, ids)
-            loss, gradient = divergence(student, teacher, model)
-            losses.append(loss)
+            _, gradient = divergence(student, teacher, model)
             student.backward(gradient)  # type: ignore[no-untyped-call]
             for rounding in roundings.values():
                 rounding.project()
-    return losses
+    gain = Gain(before, _mean(model, lessons.held_out))
+    if not gain.kept:
+        for name, parameter in parameters.items():
+            parameter.detach().copy_(earlier[name])
+    return gain
+
+
+def _mean(model: PreTrainedModel, lessons: Sequence[Lesson]) -> float:
+    """Divergence over ``lessons``."""
+    total = 0.0
+    for ids, teacher in lessons:
+        with torch.no_grad():
+            student = final_state(model, ids.to(model.device))
+        total += divergence(student, teacher.to(model.device), model)[0]
+    return total / len(lessons)

@@ -9,7 +9,7 @@ from requant.settings import Distillation, Training
 from requant.tuning.adam import EPSILON, FIRST_DECAY, SECOND_DECAY, StreamedAdam
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
-from requant.tuning.distillation import distill, divergence, draws, final_state, logits
+from requant.tuning.distillation import Lessons, distill, divergence, draws, final_state, logits
 from requant.walk import block_calls, run_block
 from requant_kernels.scheme import WeightScheme
 from torch import nn
@@ -80,14 +80,38 @@ def test_logits_are_those_of_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("count", [0, 5, 7, 20])
 def test_all_windows_are_drawn_before_any_again(count: int) -> None:
-    drawn = draws(7, count, 3)
-    assert drawn == draws(7, count, 3)
-    assert len(drawn) == count
-    assert count < 2 or drawn != draws(7, count, 4)
+    drawn, held_out = draws(9, count, 3)
+    assert (drawn, held_out) == draws(9, count, 3)
+    assert count < 2 or drawn != draws(9, count, 4)[0]
+    assert (len(drawn), len(held_out)) == (count, 2)
     for start in range(0, count, 7):
         one = drawn[start : start + 7]
         assert len(set(one)) == len(one)
-        assert set(one) <= set(range(7))
+        assert set(one) | set(held_out) <= set(range(9))
+        assert not set(one) & set(held_out)
+
+
+def test_windows_for_both_are_there_whatever_the_text() -> None:
+    for there in (2, 3, 8, 9, 100):
+        drawn, held_out = draws(there, 5, 0)
+        assert len(drawn) == 5
+        assert 1 <= len(held_out) <= 4
+        assert not set(drawn) & set(held_out)
+
+
+def test_what_helps_nothing_is_undone(model: nn.Module) -> None:
+    samples, layers = windows(4), linears(model.model)
+    with torch.no_grad():
+        teacher = [final_state(model, sample) for sample in samples]
+    roundings = roundings_of(layers)
+    before = {name: rounding.forward().detach().clone() for name, rounding in roundings.items()}
+    lessons = list(zip(samples, teacher, strict=True))
+    with trainable(layers, roundings):
+        settings = Distillation(steps=2, batch=4, rate=0.0, range_rate=0.9, value_rate=0.9)
+        gain = distill(model, model.model.layers, roundings, Lessons(lessons * 2, lessons), settings)
+    assert gain.after > gain.before
+    assert not gain.kept
+    assert all(torch.equal(rounding.forward(), before[name]) for name, rounding in roundings.items())
 
 
 def test_a_block_learns_its_output_back(model: nn.Module) -> None:
@@ -114,8 +138,9 @@ def test_distillation_brings_the_whole_model_back_to_itself(model: nn.Module) ->
     roundings = roundings_of(layers)
     settings = Distillation(steps=12, batch=4, rate=0.02)
     with trainable(layers, roundings):
-        losses = distill(model, model.model.layers, roundings, list(zip(samples, teacher, strict=True)) * 12, settings)
-    assert losses[-1] < 0.7 * losses[0]
+        lessons = list(zip(samples, teacher, strict=True))
+        gain = distill(model, model.model.layers, roundings, Lessons(lessons * 12, lessons), settings)
+    assert gain.after < 0.7 * gain.before
     assert all(parameter.grad is None for rounding in roundings.values() for parameter in rounding.parameters())
 
 
