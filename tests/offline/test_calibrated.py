@@ -16,6 +16,7 @@ from requant.sensitivity.criteria import CRITERIA
 from requant.sensitivity.measure import Sensitivity
 from requant.settings import BASES as NAMES
 from requant.settings import SENSITIVITIES, Calibration, Distillation, Selection, Training
+from requant.tuning.distillation import draws
 from requant_kernels.reference import dequantize
 from requant_kernels.scheme import WeightScheme
 from safetensors.torch import load_file
@@ -28,8 +29,8 @@ FEW = Training(steps=4, batch=2)
 
 
 def windows(count: int) -> Windows:
-    ids = [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    return Windows(ids, ids, "random", "0")
+    ids = [torch.randint(2048, (1, 48), generator=torch.Generator().manual_seed(i)) for i in range(16 * count)]
+    return Windows(ids[:count], ids, "random", "0")
 
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
@@ -70,19 +71,21 @@ def test_names_in_recipes_are_those_of_the_code() -> None:
     assert tuple(CRITERIA) == SENSITIVITIES
 
 
-def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module) -> None:
+@pytest.mark.parametrize("rate", [0.0, 0.02], ids=["levels", "codes"])
+def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module, rate: float) -> None:
     original, recipe = causal_lm(micro_llama), {"base": "learned", "training": Training(steps=0)}
     before = run_of(model, Recipe(WeightScheme(2, 64, False), **recipe)).quantize(windows(4))
-    settings = Distillation(steps=8, batch=4, rate=0.02)
+    settings = Distillation(steps=8, batch=4, rate=rate)
     after = run_of(model, Recipe(WeightScheme(2, 64, False), **recipe, distillation=settings)).quantize(windows(4))
     assert before.gain is None
-    assert after.gain.after < after.gain.before
+    assert after.gain.kept
+    _, held_out = draws(len(after.windows.slots), 32, 0)
     found = []
     for calibrated in (before, after):
         for name, linear in models.linears(model, architectures.LLAMA).items():
             linear.weight.data.copy_(dequantize(calibrated.layers[name]))
-        found.append(sum(divergence(model, original, ids) for ids in windows(4).ids))
-    assert found[1] < 0.8 * found[0]
+        found.append(sum(divergence(model, original, after.windows.slots[i]) for i in held_out) / len(held_out))
+    assert found == pytest.approx([after.gain.before, after.gain.after], rel=1e-3)
 
 
 def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
