@@ -8,8 +8,8 @@ Prints a Markdown table: true bits a weight, perplexity in float32 on each text,
 quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned", whose
 codes are afterwards trained through the whole model; "+ ReQuant" (part sparse) puts the preset's share of significant
 weights into the sparse part before the base quantizes around them; "+ ReQuant, distilled" (part whole) trains steps,
-codebooks and sparse values as the preset does, too. A row that the JSON file already holds is not measured again, so a
-long comparison can be interrupted.
+codebooks and sparse values as the preset of 2 bits does, too. A row that the JSON file already holds is not measured
+again, so a long comparison can be interrupted.
 """
 
 import argparse
@@ -47,13 +47,13 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
 
 
 def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> Recipe:
-    distillation = preset.distillation if part == "whole" else Distillation()
+    levels = preset.distillation if preset.distillation.steps else Distillation(steps=32)
     return replace(
         preset,
         base="learned" if method == DISTILLED else method,
         weights=WeightScheme(weights.bits, codebook=True) if method in CODEBOOK else weights,
         significant=0.0 if part == "dense" else preset.significant,
-        distillation=DISTILLATION if method == DISTILLED else distillation,
+        distillation=DISTILLATION if method == DISTILLED else levels if part == "whole" else Distillation(),
     )
 
 

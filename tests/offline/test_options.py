@@ -6,7 +6,7 @@ import pytest
 from requant.errors import InputError
 from requant.options import recipe_of
 from requant.recipe import Recipe, load_recipe
-from requant.settings import Calibration
+from requant.settings import Calibration, Distillation
 from requant_kernels.scheme import WeightScheme
 
 
@@ -45,10 +45,15 @@ def test_options_override():
 def test_another_base_takes_what_belongs_to_it():
     kmeans = recipe_of({"method": "requant", "bits": 3, "base": "kmeans"})
     assert kmeans.weights == WeightScheme(3, codebook=True)
-    trained = load_recipe("requant-w3")
-    assert kmeans.distillation == trained.distillation
-    assert not recipe_of({"method": "requant", "base": "gptq", "bias_correction": True}).distillation.steps
-    assert not recipe_of({"method": "requant", "distillation": 0}).distillation.steps
+    assert kmeans.distillation == load_recipe("requant-w3").distillation
+
+
+def test_distillation_is_the_presets_unless_told_or_in_the_way():
+    two = {"method": "requant", "bits": 2}
+    assert recipe_of(two).distillation.steps == 32
+    assert recipe_of(two | {"distillation": 5}).distillation == Distillation(5)
+    assert not recipe_of(two | {"distillation": 0}).distillation.steps
+    assert not recipe_of(two | {"base": "gptq", "bias_correction": True}).distillation.steps
     assert recipe_of({"recipe": "paper-squeezellm", "base": "gptq"}).weights == WeightScheme(4, 64, symmetric=False)
 
 
