@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--bits", type=lambda text: [int(part) for part in text.split(",")], default=[4, 3, 2])
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(SUFFIXES))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["dense", "sparse"])
     parser.add_argument("--recipe")
     arguments = arguments_of.parse(parser, argv)
     for given, choices in ((arguments.methods, METHODS), (arguments.parts, SUFFIXES)):
