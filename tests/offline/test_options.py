@@ -46,6 +46,7 @@ def test_another_base_takes_what_belongs_to_it():
     kmeans = recipe_of({"method": "requant", "bits": 3, "base": "kmeans"})
     assert kmeans.weights == WeightScheme(3, codebook=True)
     assert kmeans.distillation == load_recipe("requant-w3").distillation
+    assert recipe_of({"recipe": "paper-squeezellm", "base": "gptq"}).weights == WeightScheme(4, 64, symmetric=False)
 
 
 def test_distillation_is_the_presets_unless_told_or_in_the_way():
@@ -54,7 +55,6 @@ def test_distillation_is_the_presets_unless_told_or_in_the_way():
     assert recipe_of(two | {"distillation": 5}).distillation == Distillation(5)
     assert not recipe_of(two | {"distillation": 0}).distillation.steps
     assert not recipe_of(two | {"base": "gptq", "bias_correction": True}).distillation.steps
-    assert recipe_of({"recipe": "paper-squeezellm", "base": "gptq"}).weights == WeightScheme(4, 64, symmetric=False)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from requant import api
 from requant.cli import main
 
-FEW = ("--samples", "8", "--seqlen", "256", "--distillation", "12")
+FEW = ("--samples", "8", "--seqlen", "256")
 GAIN = {"4": 0.3, "3": 0.5, "2": 0.7}  # of what rounding to nearest loses in perplexity
 
 
