@@ -29,7 +29,7 @@ from benchmarks.quality import arguments as arguments_of
 from benchmarks.quality.jobs import Job, run
 
 DISTILLED = "distilled"
-DISTILLATION = Distillation(steps=60, batch=8, rate=0.01, range_rate=0.002, value_rate=0.01)
+DISTILLATION = Distillation(steps=60, batch=8, rate=0.01)
 METHODS = ("rtn", "gptq", "awq", "kmeans", "learned", DISTILLED)
 SUFFIXES = {"dense": "", "sparse": " + ReQuant", "whole": " + ReQuant, distilled"}  # by part
 
@@ -47,7 +47,7 @@ def jobs(arguments: argparse.Namespace) -> Iterator[Job]:
 
 
 def recipe_of(preset: Recipe, method: str, weights: WeightScheme, part: str) -> Recipe:
-    levels = preset.distillation if preset.distillation.steps else Distillation(steps=32)
+    levels = preset.distillation if preset.distillation.steps else Distillation(steps=64)
     return replace(
         preset,
         base="learned" if method == DISTILLED else method,

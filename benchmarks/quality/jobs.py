@@ -60,9 +60,13 @@ class Job:
 
     @property
     def key(self) -> dict[str, Any]:
-        """All that decides the figures, without the paths of this machine."""
+        """All that decides the figures, without the paths of this machine and settings of what does not happen."""
         named = {"model": Path(self.protocol.model).name, "texts": [Path(text).name for text in self.protocol.texts]}
-        recipe = self.recipe.to_dict() if self.recipe else None
+        if self.recipe is None:
+            return asdict(self.protocol) | named | {"recipe": None}
+        recipe = self.recipe.to_dict()
+        if not self.recipe.distillation.steps:
+            del recipe["distillation"]
         return asdict(self.protocol) | named | {"recipe": recipe}
 
     @property

@@ -120,15 +120,16 @@ class Distillation:
     others; rates rise over the first tenth and fall linearly to zero.
 
     ``rate``: of offsets, in quantization steps, of the base ``learned``; 0: codes stay as they are, which every base
-    allows; ``range_rate``: of the ends of ranges or, where codes stay, of steps and codebooks, relative;
-    ``value_rate``: of the sparse part, relative to the mean size of its values.
+    allows; ``range_rate``: of the ends of ranges or, where codes stay, of steps and codebooks, relative, at 2 bits, and
+    half of it with each bit more, which moves the outermost weights by as much of a quantization step; ``value_rate``:
+    of sparse values, in quantization steps.
     """
 
     steps: int = 0
     batch: int = 4
     rate: float = 0.0
-    range_rate: float = 0.005
-    value_rate: float = 0.01
+    range_rate: float = 0.007
+    value_rate: float = 0.002
 
     def __post_init__(self) -> None:
         _whole(self, "distillation", steps=0, batch=1)

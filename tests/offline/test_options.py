@@ -51,7 +51,7 @@ def test_another_base_takes_what_belongs_to_it():
 
 def test_distillation_is_the_presets_unless_told_or_in_the_way():
     two = {"method": "requant", "bits": 2}
-    assert recipe_of(two).distillation.steps == 32
+    assert recipe_of(two).distillation.steps == 64
     assert recipe_of(two | {"distillation": 5}).distillation == Distillation(5)
     assert not recipe_of(two | {"distillation": 0}).distillation.steps
     assert not recipe_of(two | {"base": "gptq", "bias_correction": True}).distillation.steps

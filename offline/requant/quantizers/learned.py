@@ -61,11 +61,11 @@ class LearnedRounding(nn.Module):
             return scale, torch.full_like(scale, self.scheme.midpoint)
         return scale, through(torch.round, -low[..., None] / scale).clamp(0, top)
 
-    @torch.no_grad()
-    def unit_of(self, kind: str) -> float:
-        """What a rate is relative to, for the parameter of that name: sparse values are weights, so that their unit is
-        the mean quantization step; offsets are in steps already, and ends of ranges are factors."""
-        return float(self._grid()[0].mean()) if kind == "values" else 1.0
+    @property
+    def mean_step(self) -> float:
+        """What distance between two levels rates of sparse values are relative to."""
+        with torch.no_grad():
+            return float(self._grid()[0].mean())
 
     @torch.no_grad()
     def project(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from requant_kernels.rounding.dense import QuantizedDense
 from requant_kernels.rounding.grid import storable_scale
+from requant_kernels.scheme import WeightScheme
 from torch import nn
 
 from requant.quantizers.learned import FACTORS, through
@@ -41,6 +42,18 @@ class Rescaled(nn.Module):
             return decoded
         assert self.values is not None
         return decoded.masked_scatter(self.excluded, through(lambda v: v.to(self._dtype).float(), self.values))
+
+    @property
+    def scheme(self) -> WeightScheme:
+        return self.dense.scheme
+
+    @property
+    def mean_step(self) -> float:
+        """Mean distance between neighbouring levels."""
+        if self.dense.codebook is None:
+            return float(self._start.mean())
+        low, high = self._start.aminmax(dim=1)
+        return float((high - low).mean()) / (self.scheme.levels - 1)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -22,7 +22,7 @@ def train_block(
     """Trains ``roundings`` so that ``run`` (the block that computes with them) maps the first of each of ``samples`` to
     the second, both [1, T, C]; returns the mean squared error at every step."""
     groups = [
-        {"params": [parameter], "full_rate": training.rate * rounding.unit_of(kind)}
+        {"params": [parameter], "full_rate": training.rate * (rounding.mean_step if kind == "values" else 1.0)}
         for rounding in roundings
         for kind, parameter in rounding.named_parameters()
     ]

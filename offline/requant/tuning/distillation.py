@@ -51,11 +51,13 @@ class Gain:
         return self.after < self.before
 
 
-def rate_of(kind: str, parameter: torch.Tensor, settings: Distillation) -> float:
+def rate_of(kind: str, rounding: LearnedRounding | Rescaled, settings: Distillation) -> float:
     """The full rate of a rounding's parameter: its offset, its sparse values, ends of its ranges or its steps."""
+    if kind == "offset":
+        return settings.rate
     if kind == "values":
-        return settings.value_rate * float(parameter.detach().abs().mean()) if parameter.numel() else 0.0
-    return settings.rate if kind == "offset" else settings.range_rate
+        return settings.value_rate * rounding.mean_step
+    return settings.range_rate * 4 / rounding.scheme.levels
 
 
 def draws(there: int, count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -121,7 +123,11 @@ def distill(
         for layer, rounding in roundings.items()
         for kind, parameter in rounding.named_parameters()
     }
-    rates = {name: rate_of(name.rpartition(".")[2], parameter, settings) for name, parameter in parameters.items()}
+    rates = {
+        f"{layer}.{kind}": rate_of(kind, rounding, settings)
+        for layer, rounding in roundings.items()
+        for kind, _ in rounding.named_parameters()
+    }
     adam = StreamedAdam(parameters, rates, stores(), stores())
     earlier, before = {name: one.detach().clone() for name, one in parameters.items()}, _mean(model, lessons.held_out)
     with streamed_gradients(blocks, parameters, adam.update):

@@ -34,6 +34,14 @@ def test_what_is_trained_is_what_is_stored(scheme: WeightScheme) -> None:
     assert torch.equal(rounding.forward(), torch.where(excluded, target, dense.dequantize()))
 
 
+def test_the_mean_step_is_the_distance_between_levels() -> None:
+    _, grid = rescaled(WeightScheme(2, 32, False))
+    assert grid.mean_step == pytest.approx(float(grid.dense.scale.float().mean()))
+    _, codebook = rescaled(WeightScheme(2, codebook=True))
+    distances = codebook.dense.codebook.float().sort(1).values.diff(dim=1)
+    assert codebook.mean_step == pytest.approx(float(distances.mean()))
+
+
 def test_steps_learn_to_fit() -> None:
     weight, rounding = rescaled(WeightScheme(2, 32, False))
     optimizer = torch.optim.Adam(rounding.parameters(), lr=0.02)

@@ -4,13 +4,15 @@ import pytest
 import torch
 from requant.quantizers import clip
 from requant.quantizers.learned import LearnedRounding
+from requant.quantizers.rescaled import Rescaled
 from requant.sensitivity.store import TensorStore
 from requant.settings import Distillation, Training
 from requant.tuning.adam import EPSILON, FIRST_DECAY, SECOND_DECAY, StreamedAdam
 from requant.tuning.attach import trainable
 from requant.tuning.blockwise import train_block
-from requant.tuning.distillation import Lessons, distill, divergence, draws, final_state, logits
+from requant.tuning.distillation import Lessons, distill, divergence, draws, final_state, logits, rate_of
 from requant.walk import block_calls, run_block
+from requant_kernels.rounding import rtn
 from requant_kernels.scheme import WeightScheme
 from torch import nn
 
@@ -112,6 +114,22 @@ def test_what_helps_nothing_is_undone(model: nn.Module) -> None:
     assert gain.after > gain.before
     assert not gain.kept
     assert all(torch.equal(rounding.forward(), before[name]) for name, rounding in roundings.items())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_rate_moves_weights_of_any_width_by_the_same_part_of_a_step(bits: int) -> None:
+    weight, settings = torch.randn(4, 64), Distillation(range_rate=0.01, value_rate=0.02)
+    excluded = torch.zeros_like(weight, dtype=torch.bool)
+    excluded[:, 0] = True
+    dense = rtn.quantize(weight, WeightScheme(bits, -1, True), dtype=torch.float32, excluded=excluded)
+    rounding = Rescaled(dense, weight, excluded)
+    before, step = rounding.forward().detach().clone(), float(dense.scale.mean())
+    with torch.no_grad():
+        rounding.shift.add_(rate_of("shift", rounding, settings))
+        rounding.values.add_(rate_of("values", rounding, settings))
+        moved = (rounding.forward() - before).abs()
+    assert float(moved[excluded].mean()) == pytest.approx(0.02 * step, rel=1e-3)
+    assert 0.01 < float((moved / dense.scale)[~excluded].max()) <= 0.02 * (1 + 1e-3)
 
 
 def test_a_block_learns_its_output_back(model: nn.Module) -> None:
