@@ -8,8 +8,8 @@ Prints a Markdown table: true bits a weight, perplexity in float32 on each text,
 quantizing. Settings are those of the preset of each width, or of --recipe. "distilled" is the base "learned", whose
 codes are afterwards trained through the whole model; "+ ReQuant" (part sparse) puts the preset's share of significant
 weights into the sparse part before the base quantizes around them; "+ ReQuant, distilled" (part whole) trains steps,
-codebooks and sparse values as the preset of 2 bits does, too. A row that the JSON file already holds is not measured
-again, so a long comparison can be interrupted.
+codebooks and sparse values as the presets of 2 and 3 bits do, too. A row that the JSON file already holds is not
+measured again, so a long comparison can be interrupted.
 """
 
 import argparse

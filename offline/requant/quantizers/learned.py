@@ -63,7 +63,7 @@ class LearnedRounding(nn.Module):
 
     @property
     def mean_step(self) -> float:
-        """What distance between two levels rates of sparse values are relative to."""
+        """Mean distance between neighbouring levels."""
         with torch.no_grad():
             return float(self._grid()[0].mean())
 

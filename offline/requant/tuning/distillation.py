@@ -118,16 +118,11 @@ def distill(
 
     lessons: each step takes the next ``batch`` of those to train on. stores: for the optimizer's moments.
     """
-    parameters = {
-        f"{layer}.{kind}": parameter
-        for layer, rounding in roundings.items()
-        for kind, parameter in rounding.named_parameters()
-    }
-    rates = {
-        f"{layer}.{kind}": rate_of(kind, rounding, settings)
-        for layer, rounding in roundings.items()
-        for kind, _ in rounding.named_parameters()
-    }
+    parameters, rates = dict[str, nn.Parameter](), dict[str, float]()
+    for layer, rounding in roundings.items():
+        for kind, parameter in rounding.named_parameters():
+            parameters[f"{layer}.{kind}"] = parameter
+            rates[f"{layer}.{kind}"] = rate_of(kind, rounding, settings)
     adam = StreamedAdam(parameters, rates, stores(), stores())
     earlier, before = {name: one.detach().clone() for name, one in parameters.items()}, _mean(model, lessons.held_out)
     with streamed_gradients(blocks, parameters, adam.update):

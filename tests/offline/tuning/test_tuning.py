@@ -118,7 +118,9 @@ def test_what_helps_nothing_is_undone(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_rate_moves_weights_of_any_width_by_the_same_part_of_a_step(bits: int) -> None:
-    weight, settings = torch.randn(4, 64), Distillation(range_rate=0.01, value_rate=0.02)
+    # a row's largest weight has the outermost code only if it is negative: seeded, so that one is
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    settings = Distillation(range_rate=0.01, value_rate=0.02)
     excluded = torch.zeros_like(weight, dtype=torch.bool)
     excluded[:, 0] = True
     dense = rtn.quantize(weight, WeightScheme(bits, -1, True), dtype=torch.float32, excluded=excluded)
