@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from requant import api, cli
+from requant.architectures import ARCHITECTURES
 from requant.aweq.settings import Activations, Equalization
 from requant.errors import InputError
 from requant.options import recipe_of
@@ -181,6 +182,16 @@ def test_an_override_that_matches_nothing_is_refused(tiny, tmp_path):
 def test_what_options_mean(options, expected):
     arguments = vars(cli._parser().parse_args(["quantize", "MODEL", "-o", "OUT", *options]))
     assert recipe_of({name: value for name, value in arguments.items() if value is not None}) == expected
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_dynamic_preset_means_the_last_layer_of_every_mlp(kind):
+    one = ARCHITECTURES[kind]
+    down = (f"{one.experts.holder}.experts.0.{one.experts.down}",) if one.experts else ()
+    attention = ("self_attn.", "linear_attn.", "conv.", "mamba.")
+    [pattern] = load_recipe("aweq-w8a8").overrides
+    meant = {name for name in (*one.linears, *down) if re.fullmatch(pattern, f"{one.blocks}.0.{name}")}
+    assert meant == {name for name in (*one.outputs, *down) if not name.startswith(attention)}
 
 
 MIXED = Recipe(
