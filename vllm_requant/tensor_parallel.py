@@ -4,7 +4,8 @@ from requant_kernels.errors import SchemeError
 from requant_kernels.tensor_parallel import Shape, obstacles
 from vllm.config import VllmConfig
 
-WIDTHS = ("intermediate_size", "ffn_dim")  # what configurations call the MLP's inner width
+# What configurations call the MLP's inner width; where they have the first, the second is that of routed experts.
+WIDTHS = ("shared_intermediate_size", "intermediate_size", "ffn_dim")
 
 
 def refuse_degree(config: VllmConfig) -> None:
@@ -13,12 +14,15 @@ def refuse_degree(config: VllmConfig) -> None:
     Too many ranks for its attention heads it has refused before a plugin is asked, in words of its own.
     """
     model, degree = config.model_config, config.parallel_config.tensor_parallel_size
-    widths = [getattr(model.hf_text_config, name, None) for name in WIDTHS]
+    text = model.hf_text_config
+    widths = [getattr(text, name, None) for name in WIDTHS]
     shape = Shape(
         model.model_arch_config.total_num_attention_heads,
         model.get_total_num_kv_heads(),
         next((width for width in widths if isinstance(width, int)), degree),  # an unknown width is vLLM's to refuse
-        getattr(model.hf_text_config, "linear_num_key_heads", 0),
+        getattr(text, "linear_num_key_heads", 0),
+        getattr(text, "mamba_n_heads", 0),
+        getattr(text, "mamba_n_groups", 1),
     )
     if found := obstacles(shape, degree):
         raise SchemeError(f"tensor parallelism: {'; '.join(found.values())}")

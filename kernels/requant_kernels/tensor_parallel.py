@@ -8,13 +8,16 @@ from math import gcd
 @dataclass(frozen=True)
 class Shape:
     """What vLLM splits: attention by heads (key/value heads are copied where there are fewer than ranks), the MLP by
-    its inner ``width``, linear attention by its heads of keys, of which those of values are a multiple. Embeddings are
-    padded and forbid nothing."""
+    its inner ``width``, linear attention by its heads of keys, of which those of values are a multiple, state space
+    layers by their heads, of which each group has as many (a single group is copied). Embeddings are padded and forbid
+    nothing."""
 
     heads: int
     key_value_heads: int
     width: int
     linear_heads: int = 0
+    state_heads: int = 0
+    state_groups: int = 1
 
 
 def obstacles(shape: Shape, degree: int) -> dict[str, str]:
@@ -31,6 +34,12 @@ def obstacles(shape: Shape, degree: int) -> dict[str, str]:
         found["width"] = f"{width} inner channels can not be split over {degree} ranks"
     if shape.linear_heads % degree:
         found["linear_heads"] = f"{shape.linear_heads} heads of linear attention can not be split over {degree} ranks"
+    if shape.state_heads % degree:
+        found["state_heads"] = f"{shape.state_heads} heads of state space layers can not be split over {degree} ranks"
+    if shape.state_groups > 1 and shape.state_groups % degree:
+        found["state_groups"] = (
+            f"{shape.state_groups} groups of state space layers can not be split over {degree} ranks"
+        )
     return found
 
 

@@ -7,24 +7,27 @@ files; everything here that quantizes, observes or decodes a linear layer wants 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from requant_kernels.experts import run_experts
 from torch import nn
 
-HOLDER = "mlp"  # what every block of transformers calls the module with its router and its experts
+HOLDER = "mlp"  # what nearly all blocks of transformers call the module with their router and their experts
 
 
 @dataclass(frozen=True)
 class ExpertNames:
     """As checkpoints have them. ``holder``: the block's module with router and experts. An expert computes
-    down(act(gate(x)) * up(x)). ``moved``: modules and buffers of the holder by transformers' name and the file's."""
+    down(act(gate(x)) * up(x)). ``moved``: modules and buffers of the holder by transformers' name and the file's.
+    ``built``: transformers' name of the holder."""
 
     holder: str = HOLDER
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     moved: tuple[tuple[str, str], ...] = ()
+    built: str = HOLDER
 
     def of(self, block: nn.Module) -> Iterator[tuple[str, str, str]]:
         """(gate, up, down) of each expert of ``block``, relative to it; of none in a dense block."""
@@ -47,8 +50,9 @@ class UnfusedExperts(nn.ModuleList):
             nn.ModuleDict({names.gate: _linear(gate), names.up: _linear(up), names.down: _linear(down)})
             for (gate, up), down in zip((one.chunk(2) for one in gates_up), downs, strict=True)
         )
-        # not the module itself, which would count as one more expert
-        self._names, self._act = names, fused.get_submodule("act_fn").forward
+        act: Any = fused.act_fn
+        # a function, or a module, but not the module itself, which would count as one more expert
+        self._names, self._act = names, getattr(act, "forward", act)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -72,15 +76,15 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 def unfuse(block: nn.Module, names: ExpertNames) -> None:
     """Gives the experts of ``block``, as transformers builds it, modules of their own; leaves a dense block alone."""
-    holder = block.get_submodule(HOLDER)
+    holder = block.get_submodule(names.built)
     fused = getattr(holder, "experts", None)
     if fused is None:
         return
     holder.experts = UnfusedExperts(fused, names)
     for old, new in names.moved:
         _move(holder, old, new)
-    if names.holder != HOLDER:
-        _move(block, HOLDER, names.holder)
+    if names.holder != names.built:
+        _move(block, names.built, names.holder)
 
 
 def _move(module: nn.Module, old: str, new: str) -> None:

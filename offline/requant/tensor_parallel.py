@@ -19,18 +19,21 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     stages = models.shared_schemes(model, architecture)
     first, *others = next(stage for stage in stages if ".self_attn." in stage[0])
     key = others[0] if others else first  # which makes all three
-    linear = next((stage[0] for stage in stages if ".linear_attn." in stage[0]), first)
+    linear, state = (next((s[0] for s in stages if part in s[0]), first) for part in (".linear_attn.", ".mamba."))
     heads = config.num_attention_heads
     by_block = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     kv_heads = min(getattr(block, "num_key_value_heads", heads) for block in by_block)
     linear_heads = getattr(config, "linear_num_key_heads", 0)
+    state_heads, state_groups = getattr(config, "mamba_n_heads", 0), getattr(config, "mamba_n_groups", 1)
     downs = {
         linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == last.split(".")[-1]
     }
     lines: dict[str, None] = {}  # in order, each once
     for width, down in downs.items():
         layer_of = {"heads": first, "key_value_heads": key, "width": down, "linear_heads": linear}
-        found = tensor_parallel.obstacles(tensor_parallel.Shape(heads, kv_heads, width, linear_heads), degree)
+        layer_of |= dict.fromkeys(("state_heads", "state_groups"), state)
+        shape = tensor_parallel.Shape(heads, kv_heads, width, linear_heads, state_heads, state_groups)
+        found = tensor_parallel.obstacles(shape, degree)
         lines |= dict.fromkeys(f"{layer_of[field]}: {why}" for field, why in found.items())
     return list(lines)
 

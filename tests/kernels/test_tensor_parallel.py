@@ -20,6 +20,8 @@ from tests.kernels.strategies import random_weight
         (Shape(12, 4, 386), 4, ["width"]),
         (Shape(12, 4, 384, 16), 4, []),
         (Shape(12, 4, 384, 2), 4, ["linear_heads"]),
+        (Shape(12, 4, 384, state_heads=8), 4, []),
+        (Shape(12, 4, 384, state_heads=6, state_groups=2), 4, ["state_heads", "state_groups"]),
         (Shape(9, 3, 1536), 2, ["heads", "key_value_heads"]),
         (Shape(4, 2, 128), 3, ["heads", "key_value_heads", "width"]),
     ],

@@ -12,7 +12,7 @@ from requant.recipe import Recipe
 from requant_kernels.scheme import WeightScheme
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.configurations import KEYS_AS_VALUES, linear_attention
+from tests.configurations import CONVOLVED, KEYS_AS_VALUES, granite_hybrid, linear_attention, state_space
 
 SMALL = {
     "hidden_size": 64,
@@ -30,6 +30,9 @@ SMALL = {
 OWN = {
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), linear_attention(16)),
     "gemma4_text": KEYS_AS_VALUES,
+    **dict.fromkeys(("lfm2", "lfm2_moe"), CONVOLVED),
+    "granitemoehybrid": granite_hybrid(128, 128),
+    "falcon_h1": state_space(128),
 }
 
 

@@ -3,13 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from requant import api, architectures, models
+from requant import api, models
 from requant.calibrated import entries
 from requant.calibrated.run import CalibratedRun
 from requant.calibrated.subject import Subject
 from requant.calibration import Windows
 from requant.detach.choice import Budget, choose
 from requant.errors import InputError
+from requant.families.dense import LLAMA
 from requant.quantizers.bases import BASES
 from requant.recipe import Recipe
 from requant.sensitivity.criteria import CRITERIA
@@ -34,9 +35,9 @@ def windows(count: int) -> Windows:
 
 
 def run_of(model: nn.Module, recipe: Recipe) -> CalibratedRun:
-    names = models.linears(model, architectures.LLAMA)
+    names = models.linears(model, LLAMA)
     schemes = dict.fromkeys(names, recipe.layer_scheme)
-    return CalibratedRun(Subject(model, architectures.LLAMA, schemes, recipe, torch.bfloat16))
+    return CalibratedRun(Subject(model, LLAMA, schemes, recipe, torch.bfloat16))
 
 
 def divergence(student: nn.Module, teacher: nn.Module, ids: torch.Tensor) -> float:
@@ -56,7 +57,7 @@ def test_every_base_gives_a_working_model(micro_llama: Path, model: nn.Module, b
     weights = CODEBOOK if base == "kmeans" else UNIFORM
     recipe = Recipe(weights, base, significant=sparse, selection=Selection(intervals=1), training=FEW)
     calibrated = run_of(model, recipe).quantize(windows(4))
-    linears = models.linears(model, architectures.LLAMA)
+    linears = models.linears(model, LLAMA)
     assert calibrated.layers.keys() == linears.keys()
     entries = sum(layer.sparse.nnz for layer in calibrated.layers.values() if layer.sparse)
     assert entries == round(sparse * sum(linear.weight.numel() for linear in linears.values()))
@@ -82,7 +83,7 @@ def test_distillation_trains_what_is_stored(micro_llama: Path, model: nn.Module,
     _, held_out = draws(len(after.windows.slots), 32, 0)
     found = []
     for calibrated in (before, after):
-        for name, linear in models.linears(model, architectures.LLAMA).items():
+        for name, linear in models.linears(model, LLAMA).items():
             linear.weight.data.copy_(dequantize(calibrated.layers[name]))
         found.append(sum(divergence(model, original, after.windows.slots[i]) for i in held_out) / len(held_out))
     assert found == pytest.approx([after.gain.before, after.gain.after], rel=1e-3)
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_tensors(micro_llama: Path) -> None:
 def test_outliers_and_significant_weights_add_up(model: nn.Module, rule: str) -> None:
     recipe = Recipe(UNIFORM, "clip", outliers=0.004, significant=0.001, selection=Selection(rule, "pqi", 2, 1))
     calibrated = run_of(model, recipe).quantize(windows(4))
-    total = sum(linear.weight.numel() for linear in models.linears(model, architectures.LLAMA).values())
+    total = sum(linear.weight.numel() for linear in models.linears(model, LLAMA).values())
     entries = sum(layer.sparse.nnz for layer in calibrated.layers.values())
     assert entries == pytest.approx(0.005 * total, rel=0.01)
     assert len(calibrated.integrals) == 2
@@ -155,11 +156,11 @@ def test_a_model_that_does_not_fit_is_one_line(micro_llama: Path, tmp_path: Path
 def test_a_target_of_true_bits_is_met(model: nn.Module, mixed: bool) -> None:
     recipe = Recipe(UNIFORM, "rtn", target_bits=3.7, mixed=mixed, selection=Selection(intervals=1))
     layers = run_of(model, recipe).quantize(windows(3)).layers
-    numel = sum(linear.weight.numel() for linear in models.linears(model, architectures.LLAMA).values())
+    numel = sum(linear.weight.numel() for linear in models.linears(model, LLAMA).values())
     assert 3.69 <= sum(layer.stored_bits() for layer in layers.values()) / numel <= 3.7
     schemes = {layer.scheme.weights for layer in layers.values()}
     assert (len(schemes) > 1) == mixed
-    for unit in models.shared_schemes(model, architectures.LLAMA):
+    for unit in models.shared_schemes(model, LLAMA):
         assert len({layers[name].scheme for name in unit}) == 1
 
 
@@ -178,7 +179,7 @@ def test_weights_restored_afterwards_leave_the_dense_part_alone(micro_llama: Pat
     before = run_of(causal_lm(micro_llama), plain).quantize(windows(3)).layers
     network = causal_lm(micro_llama)
     after = run_of(network, replace(plain, significant=0.001)).quantize(windows(3)).layers
-    linears = models.linears(network, architectures.LLAMA)
+    linears = models.linears(network, LLAMA)
     more = 0
     for name, layer in after.items():
         assert torch.equal(layer.packed, before[name].packed)

@@ -67,6 +67,8 @@ EXPERTS = {
     "hunyuan_v1_moe": SIZES | {"num_experts": 4},
     "exaone_moe": SIZES | {"num_experts": 4, "moe_intermediate_size": 64},
     "flex_olmo": SIZES | {"num_experts": 4},
+    # under another name in transformers as well
+    "lfm2_moe": SIZES | {"num_experts": 4, "moe_intermediate_size": 64, "num_dense_layers": 1},
     # queries by one layer, and by a narrow one first
     "deepseek_v2": SIZES | LATENT | {"n_routed_experts": 4, "q_lora_rank": None, "first_k_dense_replace": 1},
     "deepseek_v3": SIZES | LATENT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
@@ -94,10 +96,17 @@ def test_unfused_experts_compute_what_transformers_does_and_are_called_as_in_the
     assert dict(models.stored_tensors(unfused)).keys() == load_file(model / "model.safetensors").keys()
 
 
-@pytest.mark.parametrize(("kind", "where"), [("glm4_moe", "mlp.gate"), ("exaone_moe", "mlp")])
-def test_what_is_no_parameter_is_stored_as_well(kind, where, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "buffer"),
+    [
+        ("glm4_moe", "mlp.gate.e_score_correction_bias"),
+        ("exaone_moe", "mlp.e_score_correction_bias"),
+        ("lfm2_moe", "feed_forward.expert_bias"),
+    ],
+)
+def test_what_is_no_parameter_is_stored_as_well(kind, buffer, tiny, tmp_path):
     source, out = tiny(kind, **EXPERTS[kind]), tmp_path / "out"
-    bias = f"model.layers.1.{where}.e_score_correction_bias"
+    bias = f"model.layers.1.{buffer}"
     tensors = load_file(source / "model.safetensors")
     tensors[bias] = torch.arange(4.0)
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
@@ -210,10 +219,10 @@ def test_what_is_calibrated_through_experts(more, starved):
     network = load(resolve(starved), torch.float32).requires_grad_(False)
     original = deepcopy(network)
     recipe = Recipe(**{"weights": W4, "calibration": Calibration(unreached="rtn")} | more)
-    linears = models.linears(network, architectures.MIXTRAL)
+    linears = models.linears(network, architectures.ARCHITECTURES["mixtral"])
     schemes = dict.fromkeys(linears, recipe.layer_scheme)
     ids = [torch.randint(2048, (1, 64), generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    run = CalibratedRun(Subject(network, architectures.MIXTRAL, schemes, recipe, torch.bfloat16))
+    run = CalibratedRun(Subject(network, architectures.ARCHITECTURES["mixtral"], schemes, recipe, torch.bfloat16))
     calibrated = run.quantize(Windows(ids, ids, "random", "0"))
     assert calibrated.layers.keys() == linears.keys()
     assert calibrated.unreached == STARVED

@@ -11,12 +11,12 @@ from requant.tuning.distillation import final_state, logits
 from requant_kernels.scheme import WeightScheme
 from transformers import AutoConfig
 
-from tests.configurations import KEYS_AS_VALUES, linear_attention
+from tests.configurations import CONVOLVED, KEYS_AS_VALUES, granite_hybrid, linear_attention, state_space
 from tests.vllm_requant.checkpoints import random_of
 from tests.vllm_requant.engine import run_jobs
 from tests.vllm_requant.test_serving import PROMPTS, assert_equal, logprobs
 
-TIED = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere", "cohere2")
+TIED = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "cohere", "cohere2", "lfm2", "lfm2_moe")
 SIZES = {
     "hidden_size": 192,
     "intermediate_size": 384,
@@ -52,12 +52,17 @@ _LATENT = {
 _BIASED_ROUTER = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _LINEAR = linear_attention(64) | {"shared_expert_intermediate_size": 192}
 _WITH_LINEAR = ("qwen3_5_text", "qwen3_next", "qwen3_5_moe_text")
+_LFM2 = CONVOLVED | dict.fromkeys(("block_dim", "conv_dim"), 192)  # as the hub's files have them, and vLLM wants
 OWN = {
     "gemma4_text": KEYS_AS_VALUES | {"num_experts": None, "enable_moe_block": False},
     **dict.fromkeys(_WITH_LINEAR, _LINEAR),
     "qwen2_moe": {"shared_expert_intermediate_size": 192},  # which vLLM reads of any Qwen model
     "phimoe": {"attention_bias": True},  # as vLLM has it, whatever the configuration says
     "hunyuan_v1_moe": {"moe_intermediate_size": 384},
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2 | {"num_dense_layers": 1},
+    "granitemoehybrid": granite_hybrid(384, 384),
+    "falcon_h1": state_space(384),
     "flex_olmo": {"moe_intermediate_size": 384, "n_group": None, "topk_group": None},
     "deepseek_v2": _LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
     "deepseek_v3": _LATENT | _BIASED_ROUTER,
@@ -69,7 +74,7 @@ _OTHER_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
 SERVED = {
     **{key: {"dtype": "bfloat16"} for key in _WITH_LINEAR},  # vLLM has no other for linear attention on CPUs
     "phimoe": {"hf_overrides": {"architectures": ["PhiMoEForCausalLM"]}},  # as the hub's files call it
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), _OTHER_ROTARY),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "lfm2", "lfm2_moe"), _OTHER_ROTARY),
 }
 # vLLM keeps the parameters of its activation in bfloat16, whatever the model's dtype. In bfloat16 they are off by 0.007
 # unquantized, and by 0.009 quantized.

@@ -6,6 +6,7 @@ from requant.aweq.rewrite import Rewriter
 from requant.aweq.search import Equalizer, roundings
 from requant.aweq.settings import Equalization
 from requant.aweq.trial import Trial
+from requant.families.dense import LLAMA
 from requant.walk import block_calls
 from requant_kernels.scheme import W8A8_WEIGHTS, ActivationScheme, LayerScheme, WeightScheme
 
@@ -63,7 +64,7 @@ def test_the_model_stays_the_same_function_and_keeps_no_hook(scheme):
 @pytest.mark.parametrize("scheme", [DYNAMIC, STATIC], ids=["dynamic", "static"])
 def test_where_outliers_hurt_the_search_equalizes_and_the_error_falls(scheme):
     model = outliers(tiny_model("llama with grouped queries"))
-    schemes = dict.fromkeys(architectures.LLAMA.linears, scheme)
+    schemes = dict.fromkeys(LLAMA.linears, scheme)
     block, calls, equalizer = equalizer_of(model, schemes, Equalization("minmax"))
     weights = {name: one.weights for name, one in schemes.items()}
 

@@ -3,16 +3,21 @@
 import torch
 from transformers import (
     ApertusConfig,
+    ArceeConfig,
     AutoModelForCausalLM,
     Cohere2Config,
     CohereConfig,
     Exaone4Config,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     GraniteConfig,
+    GraniteMoeHybridConfig,
+    HeliumConfig,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     NemotronConfig,
@@ -28,7 +33,7 @@ from transformers import (
     Starcoder2Config,
 )
 
-from tests.configurations import linear_attention
+from tests.configurations import CONVOLVED, granite_hybrid, linear_attention, state_space
 
 _COMMON = {
     "vocab_size": 64,
@@ -64,6 +69,11 @@ CONFIGS = {
     "stablelm side by side": StableLmConfig(**_LLAMA, use_parallel_residual=True),
     "nemotron": NemotronConfig(**_LLAMA),
     "apertus": ApertusConfig(**_LLAMA),
+    "arcee": ArceeConfig(**_LLAMA),
+    "helium": HeliumConfig(**_LLAMA),
+    "lfm2": Lfm2Config(**_LLAMA, **CONVOLVED),
+    "granite hybrid": GraniteMoeHybridConfig(**_LLAMA, **granite_hybrid(128, 96), residual_multiplier=0.5),
+    "falcon_h1": FalconH1Config(**_LLAMA, **state_space(128), mlp_multipliers=[0.7, 1.3], ssm_in_multiplier=0.8),
     "starcoder2": Starcoder2Config(**_LLAMA),
     "opt": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="relu"),
     "opt with gelu": OPTConfig(**_COMMON, ffn_dim=96, word_embed_proj_dim=64, activation_function="gelu"),
