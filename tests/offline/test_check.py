@@ -333,6 +333,23 @@ def test_a_layer_that_makes_queries_keys_and_values_at_once_is_named_for_either(
     assert lines[2].startswith("config.json: model.layers.0.mlp.down_proj: 128 inner")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "expected"),
+    [
+        ("qwen3_5_text", {}, ["linear_attn.in_proj_qkv: 2 heads of linear attention"]),
+        (
+            "falcon_h1",
+            {"mamba_n_heads": 2, "mamba_d_head": 64, "mamba_n_groups": 2},
+            ["mamba.in_proj: 2 heads of state space layers", "mamba.in_proj: 2 groups of state space layers"],
+        ),
+    ],
+)
+def test_what_is_beside_attention_has_heads_too(kind, changes, expected, tiny, tmp_path):
+    api.quantize(tiny(kind, **changes), tmp_path / "out", Recipe(WeightScheme(4, 32)))
+    lines = [str(defect) for defect in api.check(tmp_path / "out", tensor_parallel=(4,))]
+    assert lines == [f"config.json: model.layers.0.{why} can not be split over 4 ranks" for why in expected]
+
+
 def test_groups_that_a_degree_cuts_are_told_and_are_no_defects(quantized, llama, tmp_path):
     """Group 32: four ranks have 16 columns each of o_proj and 32 of down_proj."""
     assert api.tensor_parallel_remarks(quantized, (1, 2)) == []

@@ -9,7 +9,7 @@ import torch
 from requant_kernels.errors import SchemeError
 from requant_kernels.scheme import HEAD_SCHEME, CheckpointScheme, LayerScheme, SparseScheme, WeightScheme
 from requant_kernels.tensor_parallel import Shape, obstacles
-from transformers import PreTrainedConfig
+from transformers import GraniteMoeHybridConfig, PreTrainedConfig
 from vllm.config import CompilationMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -20,11 +20,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper
 
+from tests.configurations import granite_hybrid
 from tests.vllm_requant.checkpoints import CONFIGS
 from vllm_requant import names
 from vllm_requant.config import RequantConfig
 from vllm_requant.linear import DenseSparseLinearMethod
-from vllm_requant.tensor_parallel import refuse_degree
+from vllm_requant.tensor_parallel import WIDTHS, refuse_degree
 from vllm_requant.vocabulary import EmbeddingMethod, OutputHeadMethod
 
 W4, W3 = LayerScheme(WeightScheme(4, 64)), LayerScheme(WeightScheme(3, 64))
@@ -336,15 +337,31 @@ def test_a_pattern_that_matches_nothing_is_told_where_one_process_has_all_layers
 
 @pytest.mark.parametrize(
     ("kind", "degree", "field"),
-    [("llama", 3, "key_value_heads"), ("llama", 2, None), ("qwen2", 4, None), ("opt", 5, "width")],
+    [
+        ("llama", 3, "key_value_heads"),
+        ("llama", 2, None),
+        ("qwen2", 4, None),
+        ("opt", 5, "width"),
+        ("granite 4", 2, None),  # routed experts, which it has none of, would have 97 inner channels
+        ("granite 4", 8, "state_heads"),
+    ],
 )
 def test_a_degree_is_refused_in_the_words_of_check(kind, degree, field, tmp_path):
-    model = CONFIGS[kind]
+    granite = GraniteMoeHybridConfig(
+        hidden_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=24,
+        num_key_value_heads=2,
+        intermediate_size=97,
+        **granite_hybrid(384, 384),
+    )
+    model = (CONFIGS | {"granite 4": granite})[kind]
     model.save_pretrained(tmp_path)
     shape = Shape(
         model.num_attention_heads,
         getattr(model, "num_key_value_heads", model.num_attention_heads),
-        getattr(model, "ffn_dim", None) or model.intermediate_size,
+        next(getattr(model, name) for name in WIDTHS if hasattr(model, name)),
+        state_heads=getattr(model, "mamba_n_heads", 0),
     )
     current = SimpleNamespace(
         model_config=ModelConfig(str(tmp_path), skip_tokenizer_init=True),
