@@ -71,6 +71,13 @@ def _run(job: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
     return results if turns else results[0]
 
 
+def _inspect_in_this_process() -> None:
+    """vLLM starts a process of ten seconds to look at each class of models, so that CUDA is not touched in this one."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()
+
+
 def _compile_as_on_a_gpu() -> None:
     """On a CPU, vLLM takes another mode than its own, and none of that mode's graphs can be read from the cache."""
     from vllm.config import CompilationMode, VllmConfig
@@ -192,6 +199,7 @@ ASK = {"generate": _generate, "see": _see, "embed": _embed, "reload": _reload, "
 def main(jobs: str, out: str) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    _inspect_in_this_process()
     results = []
     for job in json.loads(Path(jobs).read_text()):
         results.append(_run(job))
