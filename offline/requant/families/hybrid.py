@@ -46,6 +46,8 @@ QWEN3_NEXT = replace(
     kept=(("linear_attn.in_proj_ba", _GATE), *QWEN_MOE.kept),
 )
 
+_W1_W3 = ("feed_forward.w1", "feed_forward.w3")
+
 # Most blocks have a short convolution between two linear layers instead of attention, which gates scale.
 LFM2 = replace(
     LLAMA,
@@ -54,14 +56,13 @@ LFM2 = replace(
         "conv.in_proj",
         "self_attn.out_proj",
         "conv.out_proj",
-        "feed_forward.w1",
-        "feed_forward.w3",
+        *_W1_W3,
         "feed_forward.w2",
     ),
     others=("operator_norm", "ffn_norm", "self_attn.q_layernorm", "self_attn.k_layernorm", "conv.conv"),
-    fused=(QKV, ("feed_forward.w1", "feed_forward.w3")),
+    fused=(QKV, _W1_W3),
     pairs=(
-        Pair("ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "norm"),
+        Pair("ffn_norm", _W1_W3, "norm"),
         Pair("feed_forward.w3", ("feed_forward.w2",), "rows"),
     ),
     outputs=("self_attn.out_proj", "conv.out_proj", "feed_forward.w2"),
@@ -75,7 +76,7 @@ LFM2_MOE = replace(
     kept=(("feed_forward.gate", ROUTER),),
 )
 
-# State space models: of attention's kind in most blocks, or beside it.
+# State space models, in the place of attention in most blocks, or beside it.
 _MAMBA = ("mamba", "mamba.conv1d", "mamba.norm")
 
 # Without routed experts, which the files hold as one tensor.
