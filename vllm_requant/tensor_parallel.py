@@ -16,13 +16,11 @@ def refuse_degree(config: VllmConfig) -> None:
     model, degree = config.model_config, config.parallel_config.tensor_parallel_size
     text = model.hf_text_config
     widths = [getattr(text, name, None) for name in WIDTHS]
-    shape = Shape(
+    shape = Shape.of(
+        text,
         model.model_arch_config.total_num_attention_heads,
         model.get_total_num_kv_heads(),
         next((width for width in widths if isinstance(width, int)), degree),  # an unknown width is vLLM's to refuse
-        getattr(text, "linear_num_key_heads", 0),
-        getattr(text, "mamba_n_heads", 0),
-        getattr(text, "mamba_n_groups", 1),
     )
     if found := obstacles(shape, degree):
         raise SchemeError(f"tensor parallelism: {'; '.join(found.values())}")

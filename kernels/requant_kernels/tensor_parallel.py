@@ -3,6 +3,7 @@ share."""
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,13 @@ class Shape:
     linear_heads: int = 0
     state_heads: int = 0
     state_groups: int = 1
+
+    @classmethod
+    def of(cls, config: Any, heads: int, key_value_heads: int, width: int) -> "Shape":
+        """What is beside attention as ``config``, of transformers, says; the rest as it is given."""
+        linear_heads = getattr(config, "linear_num_key_heads", 0)
+        state_heads, state_groups = getattr(config, "mamba_n_heads", 0), getattr(config, "mamba_n_groups", 1)
+        return cls(heads, key_value_heads, width, linear_heads, state_heads, state_groups)
 
 
 def obstacles(shape: Shape, degree: int) -> dict[str, str]:

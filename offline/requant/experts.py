@@ -13,21 +13,19 @@ import torch
 from requant_kernels.experts import run_experts
 from torch import nn
 
-HOLDER = "mlp"  # what nearly all blocks of transformers call the module with their router and their experts
+HOLDER = "mlp"  # what blocks of transformers call the module with their router and their experts, if not as files do
 
 
 @dataclass(frozen=True)
 class ExpertNames:
     """As checkpoints have them. ``holder``: the block's module with router and experts. An expert computes
-    down(act(gate(x)) * up(x)). ``moved``: modules and buffers of the holder by transformers' name and the file's.
-    ``built``: transformers' name of the holder."""
+    down(act(gate(x)) * up(x)). ``moved``: modules and buffers of the holder by transformers' name and the file's."""
 
     holder: str = HOLDER
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     moved: tuple[tuple[str, str], ...] = ()
-    built: str = HOLDER
 
     def of(self, block: nn.Module) -> Iterator[tuple[str, str, str]]:
         """(gate, up, down) of each expert of ``block``, relative to it; of none in a dense block."""
@@ -76,15 +74,16 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 def unfuse(block: nn.Module, names: ExpertNames) -> None:
     """Gives the experts of ``block``, as transformers builds it, modules of their own; leaves a dense block alone."""
-    holder = block.get_submodule(names.built)
+    built = names.holder if hasattr(block, names.holder) else HOLDER
+    holder = block.get_submodule(built)
     fused = getattr(holder, "experts", None)
     if fused is None:
         return
     holder.experts = UnfusedExperts(fused, names)
     for old, new in names.moved:
         _move(holder, old, new)
-    if names.holder != names.built:
-        _move(block, names.built, names.holder)
+    if names.holder != built:
+        _move(block, built, names.holder)
 
 
 def _move(module: nn.Module, old: str, new: str) -> None:

@@ -23,8 +23,6 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     heads = config.num_attention_heads
     by_block = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     kv_heads = min(getattr(block, "num_key_value_heads", heads) for block in by_block)
-    linear_heads = getattr(config, "linear_num_key_heads", 0)
-    state_heads, state_groups = getattr(config, "mamba_n_heads", 0), getattr(config, "mamba_n_groups", 1)
     downs = {
         linears[name].in_features: name for name in reversed(linears) if name.split(".")[-1] == last.split(".")[-1]
     }
@@ -32,7 +30,7 @@ def obstacles(model: PreTrainedModel, degree: int) -> list[str]:
     for width, down in downs.items():
         layer_of = {"heads": first, "key_value_heads": key, "width": down, "linear_heads": linear}
         layer_of |= dict.fromkeys(("state_heads", "state_groups"), state)
-        shape = tensor_parallel.Shape(heads, kv_heads, width, linear_heads, state_heads, state_groups)
+        shape = tensor_parallel.Shape.of(config, heads, kv_heads, width)
         found = tensor_parallel.obstacles(shape, degree)
         lines |= dict.fromkeys(f"{layer_of[field]}: {why}" for field, why in found.items())
     return list(lines)

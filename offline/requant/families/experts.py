@@ -1,7 +1,9 @@
 """Blocks of attention and routed experts, or an MLP where a model begins with some that are dense."""
 
 from dataclasses import replace
+from typing import Any
 
+from requant.architecture import Architecture
 from requant.experts import ExpertNames
 from requant.families.dense import HUNYUAN_DENSE, LLAMA, NORMS, QKV, QWEN3
 
@@ -17,27 +19,31 @@ MIXTRAL = replace(
     kept=(("block_sparse_moe.gate", ROUTER),),
 )
 
-SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
 
-QWEN_MOE = replace(
+def with_shared(base: Architecture, module: str, **changes: Any) -> Architecture:
+    """``base`` with an expert that takes every token: the block's ``module``, of three layers."""
+    gate_up, down = (f"{module}.gate_proj", f"{module}.up_proj"), f"{module}.down_proj"
+    return replace(
+        base,
+        linears=(*base.linears, *gate_up, down),
+        fused=(*base.fused, gate_up),
+        outputs=(*base.outputs, down),
+        **changes,
+    )
+
+
+QWEN_MOE = with_shared(
     LLAMA,
-    linears=(*LLAMA.linears, *SHARED_EXPERT, "mlp.shared_expert.down_proj"),
-    fused=(*LLAMA.fused, SHARED_EXPERT),
+    "mlp.shared_expert",
     pairs=(),
-    outputs=(*LLAMA.outputs, "mlp.shared_expert.down_proj"),
     experts=ExpertNames(),
     kept=(("mlp.gate", ROUTER), ("mlp.shared_expert_gate", ROUTER)),
 )
 
 OLMOE = replace(MIXTRAL, others=QWEN3.others, experts=ExpertNames(), kept=(("mlp.gate", ROUTER),))
 
-_SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")
-
-GLM4_MOE = replace(
-    OLMOE,
-    linears=(*LLAMA.linears, *_SHARED_EXPERTS, "mlp.shared_experts.down_proj"),
-    fused=(*LLAMA.fused, _SHARED_EXPERTS),
-    outputs=(*LLAMA.outputs, "mlp.shared_experts.down_proj"),
+GLM4_MOE = with_shared(
+    LLAMA, "mlp.shared_experts", others=OLMOE.others, pairs=(), experts=OLMOE.experts, kept=OLMOE.kept
 )
 
 EXAONE_MOE = replace(
@@ -58,8 +64,6 @@ PHIMOE = replace(
     quantizable_heads=(),
 )
 
-_SHARED_MLP = ("mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj")
-
 # Latent attention: keys and values, and mostly queries too, go through a narrow layer first.
 DEEPSEEK = replace(
     GLM4_MOE,
@@ -76,11 +80,4 @@ DEEPSEEK = replace(
     kept=(*GLM4_MOE.kept, ("self_attn.kv_b_proj", "layer that vLLM takes apart")),
 )
 
-HUNYUAN_MOE = replace(
-    OLMOE,
-    linears=(*OLMOE.linears, *_SHARED_MLP, "mlp.shared_mlp.down_proj"),
-    others=HUNYUAN_DENSE.others,
-    fused=(*OLMOE.fused, _SHARED_MLP),
-    outputs=(*OLMOE.outputs, "mlp.shared_mlp.down_proj"),
-    kept=(("mlp.gate.wg", ROUTER),),
-)
+HUNYUAN_MOE = with_shared(OLMOE, "mlp.shared_mlp", others=HUNYUAN_DENSE.others, kept=(("mlp.gate.wg", ROUTER),))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from requant.architecture import Pair
 from requant.experts import ExpertNames
 from requant.families.dense import GATE_UP, LLAMA, NORMS, QKV, QWEN3, WITHIN_ATTENTION, WITHIN_MLP
-from requant.families.experts import QWEN_MOE, ROUTER, SHARED_EXPERT
+from requant.families.experts import QWEN_MOE, ROUTER, with_shared
 
 _GATE = "gate of linear attention"
 
@@ -29,20 +29,14 @@ QWEN3_5 = replace(
     kept=(("linear_attn.in_proj_b", _GATE), ("linear_attn.in_proj_a", _GATE)),
 )
 
-QWEN3_5_MOE = replace(
-    QWEN3_5,
-    linears=(*QWEN3_5.linears, *SHARED_EXPERT, "mlp.shared_expert.down_proj"),
-    fused=(*QWEN3_5.fused, SHARED_EXPERT),
-    pairs=(),
-    outputs=(*QWEN3_5.outputs, "mlp.shared_expert.down_proj"),
-    experts=ExpertNames(),
-    kept=(*QWEN3_5.kept, *QWEN_MOE.kept),
+QWEN3_5_MOE = with_shared(
+    QWEN3_5, "mlp.shared_expert", pairs=(), experts=ExpertNames(), kept=(*QWEN3_5.kept, *QWEN_MOE.kept)
 )
 
 QWEN3_NEXT = replace(
     QWEN3_5_MOE,
     linears=tuple(name.replace("_qkv", "_qkvz") for name in QWEN3_5_MOE.linears if name != "linear_attn.in_proj_z"),
-    fused=(*QWEN3.fused, SHARED_EXPERT),
+    fused=QWEN_MOE.fused,
     kept=(("linear_attn.in_proj_ba", _GATE), *QWEN_MOE.kept),
 )
 
@@ -71,7 +65,7 @@ LFM2 = replace(
 LFM2_MOE = replace(
     LFM2,
     pairs=(),
-    experts=ExpertNames("feed_forward", "w1", "w3", "w2", built="feed_forward"),
+    experts=ExpertNames("feed_forward", "w1", "w3", "w2"),
     others=(*LFM2.others, "feed_forward"),  # the bias that corrects the router's choice
     kept=(("feed_forward.gate", ROUTER),),
 )
